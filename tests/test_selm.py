@@ -1,0 +1,199 @@
+"""The objective against closed forms, Python floats, finite differences and torch's own functions."""
+
+import math
+
+import pytest
+import torch
+
+import selm
+
+
+def problem(n=11, hidden=6, vocabulary=13, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    h = torch.randn(n, hidden, generator=g, dtype=dtype)
+    w = torch.randn(vocabulary, hidden, generator=g, dtype=dtype)
+    b = torch.randn(vocabulary, generator=g, dtype=dtype)
+    return h, w, b, torch.randint(vocabulary, (n,), generator=g)
+
+
+def test_log_probs_at_a_vocabulary_of_three_equal_a_hand_calculation():
+    """A softmax over the wrong axis, or a target taken from another row."""
+    # hidden = identity: row n of the logits is column n of the weight.
+    weight = torch.tensor([[0.0, math.log(2)], [0.0, 0.0], [math.log(2), 0.0]])  # logits (2, 3)
+    hidden = torch.eye(2)  # row 0: logits 0, 0, ln 2 -> p = 1/4, 1/4, 1/2; row 1: 1/2, 1/4, 1/4
+    got = selm.token_logps(hidden, weight, torch.tensor([2, 1]))
+    assert got.tolist() == pytest.approx([math.log(1 / 2), math.log(1 / 4)], abs=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_chunked_gradients_pass_gradcheck(with_bias, softcap):
+    """A wrong sign, a lost chunk, a cap or bias that forward knows and backward forgets."""
+    h, w, b, t = problem()
+    inputs = [x.requires_grad_() for x in ((h, w, b) if with_bias else (h, w))]
+
+    def f(hidden, weight, bias=None):
+        return selm.token_logps(hidden, weight, t, bias, softcap, chunk_tokens=4)
+    assert torch.autograd.gradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 11, 64])
+def test_the_fused_version_equals_the_textbook_for_every_chunk_size(chunk):
+    """A last partial chunk that is dropped, or counted twice."""
+    h, w, b, t = problem(dtype=torch.float32)
+    grads = []
+    for f in (selm.textbook_token_logps, lambda *a, **k: selm.token_logps(*a, chunk_tokens=chunk, **k)):
+        hw = [x.clone().requires_grad_() for x in (h, w, b)]
+        out = f(hw[0], hw[1], t, bias=hw[2], softcap=3.0)
+        (out * torch.arange(1, 12)).sum().backward()
+        grads.append([out.detach()] + [x.grad for x in hw])
+    for ours, textbook in zip(*grads):
+        torch.testing.assert_close(ours, textbook, atol=2e-5, rtol=1e-4)
+
+
+def test_a_vocabulary_wide_gradient_skips_what_needs_none():
+    """A (V, H) weight gradient computed for a frozen head: LoRA would pay for it."""
+    h, w, _, t = problem(dtype=torch.float32)
+    h.requires_grad_()
+    selm.token_logps(h, w, t).sum().backward()
+    assert h.grad is not None and w.grad is None
+
+
+def test_huge_logits_do_not_overflow():
+    """exp before subtracting the maximum."""
+    h, w, _, t = problem(dtype=torch.float32)
+    expected = torch.log_softmax((1e4 * h) @ w.T, -1).gather(1, t[:, None]).squeeze(1)
+    got = selm.token_logps(1e4 * h, w, t)
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-2)
+
+
+def test_no_response_tokens_give_no_log_probs():
+    """torch.cat of an empty list."""
+    h, w, _, t = problem(dtype=torch.float32)
+    assert selm.token_logps(h[:0], w, t[:0]).shape == (0,)
+
+
+def test_under_bf16_autocast_sums_are_fp32_and_the_weight_gradient_stays_fp32():
+    """Autocast that rounds the logits to bf16 (errors of 0.5 nats a response), or a master weight
+    whose gradient comes back in bf16."""
+    h, w, _, t = problem(n=64, hidden=32, vocabulary=300, dtype=torch.float32)
+    w.requires_grad_()
+    rounded_h, rounded_w = h.bfloat16().double(), w.detach().bfloat16().double()
+    expected = torch.log_softmax(rounded_h @ rounded_w.T, -1).gather(1, t[:, None]).squeeze(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = selm.token_logps(h, w, t, chunk_tokens=16)
+    got.sum().backward()
+    assert got.dtype == torch.float32 and w.grad.dtype == torch.float32
+    # Exact for inputs rounded to bf16: nothing after that is rounded to bf16 again.
+    torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_tied_weight_collects_the_gradients_of_both_its_uses():
+    """A backward that writes the weight's gradient instead of adding to the embedding's."""
+    _, w, _, t = problem(dtype=torch.float32)
+    grads = []
+    for f in (selm.token_logps, selm.textbook_token_logps):
+        tied = w.clone().requires_grad_()
+        f(torch.tanh(tied[t]), tied, t.roll(1)).sum().backward()
+        grads.append(tied.grad)
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
+
+
+def test_response_log_probs_are_sums_over_their_own_tokens():
+    """A mean instead of a sum, or a token counted for its neighbour."""
+    token_logps = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])
+    got = selm.response_logps(token_logps, torch.tensor([0, 0, 1, 2, 2]), 4)
+    assert got.tolist() == [-3.0, -4.0, -24.0, 0.0]
+
+
+# ----------------------------------------------------------------------------------------------
+# The losses
+# ----------------------------------------------------------------------------------------------
+
+
+def logps(seed, b=5):
+    g = torch.Generator().manual_seed(seed)
+    return [-30 * torch.rand(b, generator=g, dtype=torch.float64) for _ in range(6)]
+
+
+def loss_in_python_floats(pc, pr, ps, rc, rr, rs, alpha, beta):
+    """Eq. 4.2 for one example, on Python floats, written without looking at selm.py."""
+    margin = beta * ((pc - rc) - (pr - rr))
+    return math.log(1 + math.exp(-margin)) + alpha * beta * (ps - rs)
+
+
+@pytest.mark.parametrize("alpha, beta", [(0.0, 0.1), (0.001, 0.01), (0.3, 1.0)])
+def test_the_loss_equals_the_formula_on_python_floats(alpha, beta):
+    """A swapped role, a missing beta, a wrong sign."""
+    x = logps(0)
+    losses, _ = selm.selm_loss(*x, alpha=alpha, beta=beta)
+    expected = [loss_in_python_floats(*(v[i].item() for v in x), alpha, beta) for i in range(5)]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_policy_equal_to_reference_gives_exactly_ln_2_and_no_optimism():
+    """An optimism term without the reference's log-prob: it would not start at 0."""
+    p = logps(1)[:3]
+    losses, metrics = selm.selm_loss(*p, *p, alpha=0.7, beta=0.3)
+    assert losses.tolist() == [pytest.approx(math.log(2), abs=1e-15)] * 5
+    assert metrics["sampled_logratio"].tolist() == [0.0] * 5
+    assert metrics["accuracy"].tolist() == [0.5] * 5
+
+
+def test_alpha_zero_is_dpo():
+    """A second code path for DPO that drifts from the first."""
+    pc, pr, ps, rc, rr, rs = logps(2)
+    losses, _ = selm.selm_loss(pc, pr, None, rc, rr, None, alpha=0.0, beta=0.2)
+    expected = -torch.nn.functional.logsigmoid(0.2 * ((pc - rc) - (pr - rr)))
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(losses, selm.selm_loss(pc, pr, ps, rc, rr, rs, alpha=0.0, beta=0.2)[0])
+
+
+def test_gradients_equal_finite_differences_and_the_reference_gets_none():
+    """A reference that learns; a sampled response without gradient."""
+    x = [v.requires_grad_() for v in logps(3)]
+    alpha, beta = 0.4, 0.3
+    selm.selm_loss(*x, alpha=alpha, beta=beta)[0].sum().backward()
+    for k in range(3):
+        for i in range(5):
+            values = [v[i].item() for v in x]
+            step = 1e-5
+            up, down = list(values), list(values)
+            up[k] += step
+            down[k] -= step
+            numeric = (loss_in_python_floats(*up, alpha, beta)
+                       - loss_in_python_floats(*down, alpha, beta)) / (2 * step)
+            assert x[k].grad[i].item() == pytest.approx(numeric, abs=1e-7)
+    assert all(v.grad is None for v in x[3:])
+
+
+def test_descending_the_optimism_term_pushes_the_sampled_log_prob_down():
+    """The classic sign error: optimism that imitates the old policy."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 8, generator=g), torch.randn(20, 8, generator=g).requires_grad_()
+    y = torch.randint(20, (6,), generator=g)
+    before = selm.token_logps(hidden, weight, y).sum()
+    zero = torch.zeros(1)  # chosen and rejected do not depend on the weight: optimism alone
+    loss = selm.selm_loss(zero, zero, before[None], zero, zero, before.detach()[None],
+                          alpha=0.5, beta=1.0)[0].mean()
+    loss.backward()
+    after = selm.token_logps(hidden, (weight - 1e-2 * weight.grad).detach(), y).sum()
+    assert after < before
+
+
+def test_inputs_are_not_mutated():
+    """An in-place op that changes the caller's hidden states or log-probs."""
+    x = logps(4)
+    h, w, b, t = problem(dtype=torch.float32)
+    copies = [v.clone() for v in (*x, h, w, b)]
+    selm.selm_loss(*x, alpha=0.1, beta=0.1)
+    selm.token_logps(h.requires_grad_(), w.requires_grad_(), t, b, softcap=3.0).sum().backward()
+    assert all(torch.equal(a, c) for a, c in zip((*x, h, w, b), copies))
+
+
+@pytest.mark.parametrize("alpha, beta", [(-0.1, 0.1), (0.1, 0.0)])
+def test_settings_that_change_the_methods_meaning_are_refused(alpha, beta):
+    """A negative alpha (imitation) or beta = 0 (no anchor) that runs without a word."""
+    with pytest.raises(AssertionError):
+        selm.selm_loss(*logps(5), alpha=alpha, beta=beta)
