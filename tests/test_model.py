@@ -1,0 +1,250 @@
+"""The packed forward pass against one-by-one forward passes of unmodified transformers models."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+import model as policies
+from conftest import ARCHITECTURES, ROOT, VOCABULARY, make_model, make_tokenizer
+
+
+def make_trees(seed=0, sizes=((5, (4, 7)), (3, (6, 2, 9)), (11, (1,)))):
+    g = torch.Generator().manual_seed(seed)
+    ids = lambda n: torch.randint(3, VOCABULARY, (n,), generator=g).tolist()  # noqa: E731
+    return [data.Tree(ids(p), [ids(n) for n in ns], 0, 0, []) for p, ns in sizes]
+
+
+def plain_logps(model, trees):
+    """One forward pass a response on the model's own logits: the textbook, and the oracle."""
+    logps = []
+    for tree in trees:
+        for response in tree.responses:
+            ids = torch.tensor([tree.prompt_ids + response])
+            token_logps = model(ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            picked = token_logps.gather(1, ids[0, 1:, None]).squeeze(1)
+            logps.append(picked[len(tree.prompt_ids) - 1:].sum())
+    return torch.stack(logps)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_packed_log_probs_and_gradients_equal_one_by_one_forwards(architecture):
+    """A response that sees its sibling or a neighbouring tree; positions that run on; a window or
+    logit cap that is forgotten; gradients that reach the prompt from one response only."""
+    ours = make_model(architecture)
+    oracle = copy.deepcopy(ours)
+    oracle.set_attn_implementation("eager")
+    trees = make_trees()
+    weights = torch.linspace(-1, 1, sum(len(t.responses) for t in trees))
+    logps = policies.Policy(ours)(data.pack(trees))
+    expected = plain_logps(oracle, trees)
+    torch.testing.assert_close(logps, expected, atol=1e-4, rtol=1e-5)
+    (logps * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), oracle.parameters()):
+        scale = max(1.0, q.grad.abs().max().item())
+        torch.testing.assert_close(p.grad / scale, q.grad / scale, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_the_self_check_passes_where_packing_is_exact(architecture):
+    """A self-check that cries wolf."""
+    assert policies.self_check(policies.Policy(make_model(architecture)), data.pack, make_trees()) < 1e-4
+
+
+def test_the_self_check_stops_an_architecture_that_ignores_position_ids():
+    """Wrong log-probs without a sign: here a model whose positions run on through the packed line."""
+    policy = policies.Policy(make_model("llama"))
+    forward = policy.backbone.forward
+    policy.backbone.forward = lambda *a, **k: forward(*a, **{**k, "position_ids": None})
+    with pytest.raises(ValueError, match="--plain-rows"):
+        policies.self_check(policy, data.pack, make_trees())
+
+
+def test_the_self_check_stops_an_architecture_with_scaled_logits():
+    """A head with a multiplier (Granite, Cohere) that the fused log-probs do not know."""
+    policy = policies.Policy(make_model("llama"))
+    forward = policy.causal_lm.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 0.5
+        return output
+    policy.causal_lm.forward = scaled
+    with pytest.raises(ValueError, match="differ by .* nats"):
+        policies.self_check(policy, data.pack, make_trees())
+
+
+def test_capped_attention_scores_are_refused_by_packing_and_right_in_plain_rows():
+    """Gemma-2 under sdpa: transformers drops the cap without a word."""
+    from transformers import Gemma2Config
+    from conftest import SIZES
+    torch.manual_seed(0)
+    config = Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=0.5, query_pre_attn_scalar=1)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="selm_tree").eval()
+    with pytest.raises(ValueError, match="--plain-rows"):
+        policies.self_check(policies.Policy(model), data.pack, make_trees())
+    model.set_attn_implementation("eager")
+    got = policies.Policy(model)(data.pad(make_trees()))
+    torch.testing.assert_close(got, plain_logps(model, make_trees()), atol=1e-4, rtol=1e-5)
+
+
+def test_plain_rows_equal_packed_rows():
+    """Padding that leaks into a shorter row."""
+    policy = policies.Policy(make_model("mistral"))
+    torch.testing.assert_close(policy(data.pad(make_trees())), policy(data.pack(make_trees())),
+                               atol=1e-4, rtol=1e-5)
+
+
+def test_other_trees_in_the_micro_batch_do_not_change_a_log_prob():
+    """A leak between trees that cancels in averages."""
+    policy, trees = policies.Policy(make_model("qwen3")), make_trees()
+    alone = torch.cat([policy(data.pack([tree])) for tree in trees])
+    torch.testing.assert_close(policy(data.pack(trees)), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [4, 10**6])
+def test_the_flex_attention_mask_is_the_tree_mask_of_a_loop(window):
+    """FlexAttention runs on CUDA only; its mask is checked here, bit by bit."""
+    trees = make_trees()
+    layout = policies.TreeLayout(data.pack(trees).layout)
+    owner = [(t, s, p) for t, tree in enumerate(trees)
+             for s, p in [("prompt", p) for p in range(len(tree.prompt_ids))]
+             + [(r, len(tree.prompt_ids) + i) for r, ids in enumerate(tree.responses)
+                for i in range(len(ids))]]
+    mask = layout.mask_function(window, "cpu")
+    for q, (tree_q, segment_q, position_q) in enumerate(owner):
+        for k, (tree_k, segment_k, position_k) in enumerate(owner):
+            expected = (tree_q == tree_k and segment_k in ("prompt", segment_q)
+                        and 0 <= position_q - position_k < window)
+            assert bool(mask(0, 0, torch.tensor(q), torch.tensor(k))) == expected, (q, k)
+
+
+def test_flex_attention_under_that_mask_gives_the_same_log_probs():
+    """A BlockMask whose blocks skip tokens that must be seen (uncompiled on CPU, forward only)."""
+    policy = policies.Policy(make_model("mistral"))
+    with torch.no_grad():
+        expected = policy(data.pack(make_trees()))
+        policies._compiled_flex.__defaults__[0][:] = [policies.flex_attention]
+        policy.use_flex = True
+        try:
+            got = policy(data.pack(make_trees()))
+        finally:
+            policies._compiled_flex.__defaults__[0].clear()
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"checkpointing": True}, {"compile": "aot_eager"}], ids=str)
+def test_checkpointing_and_compile_change_no_number(options):
+    """Recomputed layers that lose the tree layout; dropout that training mode switches on; compiled
+    layers that keep the first micro-batch's layout. (aot_eager traces like inductor does, without
+    its minute of C++ compilation.)"""
+    plain, changed = policies.Policy(make_model()), policies.Policy(make_model(), **options)
+    for trees in (make_trees(), make_trees(1, ((2, (3, 8)), (9, (5,))))):
+        grads = []
+        for policy in (plain, changed):
+            policy.zero_grad()
+            logps = policy(data.pack(trees))
+            logps.sum().backward()
+            grads.append([logps] + [p.grad for p in policy.parameters()])
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_bf16_autocast_keeps_fp32_master_weights_and_gradients():
+    """A model cast to bf16: updates of 5e-7 would round to nothing."""
+    policy = policies.Policy(make_model(scale=2.0), autocast_dtype=torch.bfloat16)
+    exact = policies.Policy(make_model(scale=2.0))(data.pack(make_trees()))
+    logps = policy(data.pack(make_trees()))
+    logps.sum().backward()
+    assert logps.dtype == torch.float32
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in policy.parameters())
+    assert 0 < (logps - exact).abs().max() < 0.5  # bf16 was really used, and is not far off
+
+
+def test_lora_trains_adapters_only_and_saves_a_merged_plain_model(tmp_path):
+    """Adapters that are saved without their base; a frozen weight that moves; B = 0 at the start
+    must leave the policy exactly the reference."""
+    base = make_model()
+    expected = policies.Policy(copy.deepcopy(base))(data.pack(make_trees()))
+    policy = policies.Policy(copy.deepcopy(base), checkpointing=True, lora_rank=4)
+    assert torch.equal(policy(data.pack(make_trees())), expected)
+    trained = [n for n, p in policy.named_parameters() if p.requires_grad]
+    assert trained and all("lora" in n for n in trained) and not any("lm_head" in n for n in trained)
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        policy(data.pack(make_trees())).sum().backward()
+        optimizer.step()
+    after = policy(data.pack(make_trees())).detach()
+    assert not torch.allclose(after, expected, atol=1e-3)
+    policies.save_policy(policy, make_tokenizer(), tmp_path / "policy")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    torch.testing.assert_close(plain_logps(loaded, make_trees()), after, atol=1e-3, rtol=1e-4)
+
+
+def test_a_saved_policy_loads_in_plain_transformers_and_generates(tmp_path):
+    """A folder that only our own code can read."""
+    policy = policies.Policy(make_model())
+    policies.save_policy(policy, make_tokenizer(), tmp_path / "policy")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    assert tokenizer.chat_template and not (tmp_path / "policy.tmp").exists()
+    torch.testing.assert_close(plain_logps(loaded, make_trees()), policy(data.pack(make_trees())),
+                               atol=1e-4, rtol=1e-5)
+    assert loaded.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
+
+
+def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path):
+    """Forty lines of a library's traceback for a misspelt folder."""
+    for load in (policies.load_model, policies.load_config):
+        with pytest.raises(ValueError, match="--model .*could") as error:
+            load(tmp_path / "absent")
+        assert "\n" not in str(error.value)
+
+
+SHARDED = """
+import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch, torch.distributed as dist
+import data, model as policies
+from conftest import make_model
+from test_model import make_trees
+dist.init_process_group("gloo")
+policy = policies.shard(policies.Policy(make_model("llama")))
+optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
+losses = []
+for step in range(3):
+    trees = make_trees(step)[dist.get_rank()::2] if step < 2 else make_trees(step)[:1]
+    loss = policy(data.pack(trees)).sum() * dist.get_world_size()
+    loss.backward(); optimizer.step(); optimizer.zero_grad()
+    total = loss.detach() / dist.get_world_size(); dist.all_reduce(total); losses.append(total.item())
+policies.save_policy(policy, __import__("conftest").make_tokenizer(), {folder!r})
+if dist.get_rank() == 0: print("LOSSES", *losses)
+dist.destroy_process_group()
+"""
+
+
+def test_two_sharded_processes_train_to_the_losses_and_weights_of_one(tmp_path):
+    """A head weight that is read while it is sharded; gradients averaged where they must be summed."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED.format(root=str(ROOT), folder=str(tmp_path / "policy")))
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517",
+         str(script)], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-2000:]
+    got = [float(x) for x in result.stdout.split("LOSSES")[1].split()]
+    policy = policies.Policy(make_model("llama"))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
+    expected = []
+    for step in range(3):
+        trees = make_trees(step) if step < 2 else make_trees(step)[:1] * 2
+        loss = policy(data.pack(trees)).sum()
+        loss.backward(), optimizer.step(), optimizer.zero_grad()
+        expected.append(loss.item())
+    assert got == pytest.approx(expected, rel=1e-5)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").state_dict()
+    for name, value in policy.causal_lm.state_dict().items():
+        torch.testing.assert_close(saved[name], value, atol=1e-5, rtol=1e-4, msg=name)
