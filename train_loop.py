@@ -1,0 +1,720 @@
+"""SELM, Algorithm 1 of arXiv 2405.19332 v3, top to bottom: sample, rank, reference log-probs, train.
+
+    pi = the start policy
+    for k = 1..T, on disjoint portions of the prompts:
+        y ~ pi(.|x)                                    one response a prompt          sample.py
+        best, worst = rank {y, y_w, y_l}               PairRM or another judge        rank.py
+        ref = log pi(best), log pi(worst), log pi(y)   once, before the first update  model.py
+        minimise the SELM loss, one epoch              Eq. 4.2                        selm.py
+
+What the textbook loop has and this one deleted: the reference model (its log-probs are numbers on
+disk), the padding, the logits, the second and third forward pass, the trainer.
+
+Every phase leaves a file that appears whole; the same command after a kill goes on after the last
+finished one. No formula lives here.
+
+    python train_loop.py                                   the toy world, about two minutes on a laptop
+    python train_loop.py --model zephyr-7b-sft --dry-run   what the paper's run would do
+    torchrun --nproc-per-node 8 train_loop.py --model zephyr-7b-sft
+Test: pytest tests/test_train_loop.py.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+import data
+import model as policies
+import plots
+import rank
+import report
+import sample
+import selm
+import toy
+
+# ----------------------------------------------------------------------------------------------
+# 1. Recipes: the paper's settings (released code where the paper is silent), and two small ones
+# ----------------------------------------------------------------------------------------------
+
+PAPER = dict(data="HuggingFaceH4/ultrafeedback_binarized", known_prompts=61_135, ranker="pairrm",
+             iterations=3, offline_first=False, beta=0.01, alpha=1e-3, lr=[5e-7, 3e-7, 1e-7],
+             batch_size=128, epochs=1, adam_betas=(0.9, 0.999), adam_eps=1e-8, max_length=1024,
+             max_prompt_length=512, max_new_tokens=1024, temperature=0.0, slots=128,
+             tokens_per_forward=8192, gradient_checkpointing=True, eval_prompts=256,
+             prompts_per_iteration=None, seeds=1, baseline=False)
+RECIPES = {
+    "zephyr-7b-sft": PAPER | dict(
+        model="HuggingFaceH4/mistral-7b-sft-beta", iterations=4, offline_first=True, batch_size=256,
+        lr=[5e-7, 5e-7, 5e-7, 1e-7]),
+    "llama-3-8b-instruct": PAPER | dict(model="meta-llama/Meta-Llama-3-8B-Instruct", alpha=1e-4),
+    "phi-3-mini": PAPER | dict(model="microsoft/Phi-3-mini-4k-instruct"),
+    # Not in the paper: small enough for one CPU. Also what an unnamed model gets.
+    "smollm2-135m": PAPER | dict(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct", lr=[1e-6], batch_size=16, max_length=512,
+        max_prompt_length=256, max_new_tokens=256, slots=16, tokens_per_forward=2048,
+        gradient_checkpointing=False, eval_prompts=32, beta=0.1),
+    # The toy: a large Adam eps keeps steps proportional to the gradient; with 1e-8 the tiny model
+    # is thrown out of its language. alpha is large, or nothing would be seen (README, ablation).
+    "toy": PAPER | dict(
+        model=None, data=None, known_prompts=None, ranker="oracle", alpha=0.3, beta=1.0, lr=[3e-3],
+        batch_size=32, adam_betas=(0.9, 0.95), adam_eps=0.1, prompts_per_iteration=512,
+        max_length=64, max_prompt_length=32, max_new_tokens=8, slots=128, tokens_per_forward=8192,
+        gradient_checkpointing=False, eval_prompts=144, seeds=5, baseline=True),
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Self-Exploring Language Models (arXiv 2405.19332): online preference "
+                    "optimisation that explores. Without flags: the toy world, SELM against "
+                    "iterative DPO (alpha = 0), in about two minutes.",
+        epilog="Settings that are not given come from the recipe; --dry-run prints them all.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("what to train, on what, judged by whom").add_argument
+    add("--model", default="toy", help=f"a recipe ({', '.join(RECIPES)}), a hub id org/name, a "
+        "folder, or a .gguf file")
+    add("--data", help="preferences: a JSONL file or hub id in UltraFeedback-binarized format")
+    add("--ranker", help="pairrm[:ID] | reward:ID | file.py:function | human | oracle (toy)")
+    add("--chat-template", metavar="FILE", help="Jinja chat template, for a model that has none")
+    add("--run-dir", type=Path, help="where everything goes (runs/NAME)")
+    add = parser.add_argument_group("the method").add_argument
+    add("--alpha", type=float, help="optimism; 0 is iterative DPO; paper: 5e-3 .. 1e-4")
+    add("--beta", type=float, help="strength of the KL anchor; paper: 0.01")
+    add("--reference", choices=["previous", "initial"], default="previous",
+        help="previous: Algorithm 1; initial: a KL anchor that stays at the first model")
+    add("--iterations", type=int, help="portions the prompts are split into")
+    add("--prompts-per-iteration", type=int, help="at most so many prompts a portion")
+    add("--responses-per-prompt", type=int, default=1, help="fresh samples that join the data's two")
+    add("--length-penalty", type=float, default=0.0, help="score minus this, a token")
+    add = parser.add_argument_group("optimiser").add_argument
+    add("--lr", type=float, nargs="+", help="one learning rate, or one an iteration")
+    add("--batch-size", type=int, help="prompts an update, over all processes")
+    add("--epochs", type=int, help="passes over a portion")
+    add("--lora-rank", type=int, default=0, help="train LoRA adapters of this rank; 0: all weights")
+    add("--seed", type=int, default=0, help="of shuffling and sampling")
+    add("--seeds", type=int, help="repeat the whole run so often, for intervals")
+    add = parser.add_argument_group("lengths and sampling").add_argument
+    add("--max-length", type=int, help="tokens of prompt + response")
+    add("--max-prompt-length", type=int, help="tokens of the prompt, cut from the left")
+    add("--max-new-tokens", type=int, help="tokens of a sampled response")
+    add("--temperature", type=float, help="0: greedy, as the authors' code; 1: as the paper writes")
+    add("--top-p", type=float, default=1.0, help="nucleus sampling")
+    add = parser.add_argument_group("speed and memory").add_argument
+    add("--tokens-per-forward", type=int, help="budget of a micro-batch; memory grows with it")
+    add("--slots", type=int, help="responses sampled side by side")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+        help="recompute layers in backward")
+    add("--compile", action="store_true", help="torch.compile the layers")
+    add("--plain-rows", action="store_true", help="pad instead of packing, for architectures that "
+        "cannot do it")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--dtype", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32",
+        help="bf16: autocast over fp32 master weights")
+    add = parser.add_argument_group("the run").add_argument
+    add("--eval-prompts", type=int, help="held-out prompts for the evaluation; 0: none")
+    add("--baseline", action=argparse.BooleanOptionalAction,
+        help="also run alpha = 0 from the same start and seeds")
+    add("--dry-run", action="store_true", help="print the plan and stop; loads no weights")
+    add("--fresh", action="store_true", help="delete what --run-dir holds and start over")
+    return fill_from_recipe(parser.parse_args(argv))
+
+
+def fill_from_recipe(args):
+    """Completes the flags that were not given, and refuses what cannot work. Errors: ValueError."""
+    if args.model not in RECIPES and "/" not in args.model and not Path(args.model).exists():
+        raise ValueError(f"--model {args.model}: no such recipe, folder or file; the recipes are "
+                         f"{', '.join(RECIPES)}, and a hub id has the form org/name")
+    args.recipe = args.model if args.model in RECIPES else None
+    recipe = RECIPES[args.recipe or "smollm2-135m"]
+    args.name = args.recipe or Path(args.model).stem.lower()
+    args.run_dir = args.run_dir or Path("runs") / args.name
+    for name, value in recipe.items():
+        if name == "model":
+            args.model = value if args.recipe else args.model
+        elif getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.recipe == "toy":
+        args.model, args.data = str(args.run_dir / "world/base"), str(args.run_dir / "world/train.jsonl")
+    if len(args.lr) == 1:
+        args.lr = args.lr * args.iterations
+    checks = [
+        (args.alpha >= 0, f"--alpha {args.alpha}: must be 0 (iterative DPO) or positive"),
+        (args.beta > 0, f"--beta {args.beta}: must be positive"),
+        (min(args.lr) > 0, f"--lr {args.lr}: must be positive"),
+        (len(args.lr) == args.iterations, f"--lr: {len(args.lr)} rates for {args.iterations} "
+         f"iterations; give one, or one an iteration"),
+        (args.max_prompt_length < args.max_length, "--max-prompt-length must be below --max-length, "
+         "or no room is left for a response"),
+        (args.responses_per_prompt == 1 or args.temperature > 0, "--responses-per-prompt > 1 needs "
+         "--temperature > 0: greedy samples would all be the same"),
+        (0 < args.top_p <= 1, f"--top-p {args.top_p}: must be in (0, 1]"),
+        (args.temperature >= 0, f"--temperature {args.temperature}: must not be negative"),
+        (not (args.ranker == "human" and WORLD > 1), "--ranker human: judge in a single process"),
+        (not (args.device == "cuda" and not torch.cuda.is_available()), "--device cuda: no GPU here")]
+    checks += [(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+               for name in ("iterations", "responses_per_prompt", "batch_size", "epochs", "seeds",
+                            "max_prompt_length", "max_new_tokens", "tokens_per_forward", "slots")]
+    for fine, message in checks:
+        if not fine:
+            raise ValueError(message)
+    return args
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Small change: processes, progress, files
+# ----------------------------------------------------------------------------------------------
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(text):
+    if RANK == 0:
+        tqdm.write(text, file=sys.stdout)
+
+
+def gather(rows):
+    """Each process holds rows[RANK::WORLD] of a list; all get the whole list, in its order."""
+    if WORLD == 1:
+        return rows
+    shares = [None] * WORLD
+    dist.all_gather_object(shares, rows)
+    return [shares[i % WORLD][i // WORLD] for i in range(sum(map(len, shares)))]
+
+
+def finish(path, rows):
+    """Rank 0 writes a phase's file, whole; everyone waits for it."""
+    if RANK == 0:
+        data.write_jsonl(path, rows)
+    if WORLD > 1:
+        dist.barrier()
+
+
+def read(path):
+    return [row for _, row in data.read_jsonl(path)]
+
+
+def log_metrics(run_dir, rows):
+    """Appends to metrics.jsonl, first removing what an unfinished earlier try of the phase left."""
+    path = run_dir / "metrics.jsonl"
+    keys = {(row["iteration"], row["phase"]) for row in rows}
+    kept = [row for row in (read(path) if path.exists() else [])
+            if (row["iteration"], row["phase"]) not in keys]
+    finish(path, kept + rows)
+
+
+def stream(*key):
+    """A 63-bit seed that depends on all of key: every prompt owns its random stream."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. The phases of one iteration
+# ----------------------------------------------------------------------------------------------
+
+
+def load(args, path, training):
+    """Training: fp32 master weights. Sampling: the compute dtype, whole on every process."""
+    dtype = torch.bfloat16 if args.dtype == "bf16" and not training else torch.float32
+    loaded = policies.load_model(path, dtype, "cpu" if training and WORLD > 1 else args.device,
+                                 "eager" if args.plain_rows else "selm_tree")
+    if not training:
+        return loaded
+    policy = policies.Policy(loaded, args.gradient_checkpointing,
+                             torch.bfloat16 if args.dtype == "bf16" else None,
+                             "inductor" if args.compile else None, args.lora_rank)
+    return policies.shard(policy) if WORLD > 1 else policy
+
+
+def sample_responses(args, path, records, chat, iteration):
+    """y ~ pi(.|x) for every record: rows {prompt_id, samples: [{ids, text, finished}]}."""
+    mine = records[RANK::WORLD]
+    n = args.responses_per_prompt
+    prompts = [chat.prompt_ids(record["prompt"])[-args.max_prompt_length:] for record in mine]
+    ids = sample.generate(
+        load(args, path, training=False), [p for p in prompts for _ in range(n)],
+        stop_ids=chat.stop_ids, max_new_tokens=args.max_new_tokens, slots=args.slots,
+        temperature=args.temperature, top_p=args.top_p, progress=RANK == 0,
+        seeds=[stream(args.seed, iteration, r["prompt_id"], j) for r in mine for j in range(n)])
+    rows = [{"prompt_id": record["prompt_id"],
+             "samples": [{"ids": s, "text": chat.tokenizer.decode(s, skip_special_tokens=True),
+                          "finished": s[-1] in chat.stop_ids} for s in ids[i * n:(i + 1) * n]]}
+            for i, record in enumerate(mine)]
+    return gather(rows)
+
+
+def candidates_of(args, record, samples, chat):
+    """One row of pairs.jsonl: the distinct responses of a prompt, each with all its sources."""
+    texts = [("chosen", record["chosen"], None), ("rejected", record["rejected"], None)]
+    texts += [("sample", s["text"], s["ids"]) for s in samples]
+    # A sample keeps the ids that were sampled: the same text may be tokenised in several ways.
+    prompt_ids, responses = data.cut(chat.prompt_ids(record["prompt"]),
+                                     [ids or chat.response_ids(text) for _, text, ids in texts],
+                                     args.max_prompt_length, args.max_length)
+    row = {"prompt_id": record["prompt_id"], "prompt": record["prompt"], "prompt_ids": prompt_ids,
+           "candidates": [], "dropped": None}
+    for (source, text, _), ids in zip(texts, responses):
+        known = next((c for c in row["candidates"] if c["ids"] == ids), None)
+        if known:
+            known["sources"].append(source)
+        else:
+            row["candidates"].append({"sources": [source], "text": text, "ids": ids,
+                                      "finished": ids[-1] in chat.stop_ids})
+        if not text.strip():
+            row["dropped"] = "empty response"
+    return row
+
+
+def rank_candidates(args, records, samples, chat, ranker):
+    """Best and worst of {y, y_w, y_l}: the rows of pairs.jsonl. Without a ranker, the data's pair."""
+    rows = [candidates_of(args, record, drawn["samples"], chat)
+            for record, drawn in zip(records[RANK::WORLD], samples[RANK::WORLD])]
+    if ranker:
+        texts = [[c["text"] for c in row["candidates"]] for row in rows]
+        scores = ranker([row["prompt"] for row in rows], texts)
+        rank.check_scores(scores, texts, [row["prompt_id"] for row in rows])
+    for i, row in enumerate(rows):
+        index = {source: c for c, candidate in enumerate(row["candidates"])
+                 for source in candidate["sources"]}
+        pair = (index["chosen"], index["rejected"])
+        if ranker:
+            for candidate, score in zip(row["candidates"], scores[i]):
+                candidate["score"] = float(score)
+            pair = rank.choose_pair(scores[i], texts[i])
+        if pair is None or pair[0] == pair[1]:
+            row["dropped"] = row["dropped"] or "best and worst are equal"
+        else:
+            row["chosen"], row["rejected"] = pair
+        row["sampled"] = [c for c, candidate in enumerate(row["candidates"])
+                          for source in candidate["sources"] if source == "sample"]
+    return gather(rows)
+
+
+def trees_of(rows, alpha):
+    """pairs.jsonl -> [(tree, its candidates)]. Plain DPO needs y only where it won or lost."""
+    trees = []
+    for row in rows:
+        if row["dropped"]:
+            continue
+        sampled = row["sampled"] if alpha > 0 else []
+        used = sorted({row["chosen"], row["rejected"], *sampled})
+        candidates = [row["candidates"][c] for c in used]
+        trees.append((data.Tree(row["prompt_ids"], [c["ids"] for c in candidates],
+                                used.index(row["chosen"]), used.index(row["rejected"]),
+                                [used.index(c) for c in sampled]), candidates))
+    return trees
+
+
+def plan_steps(args, trees, epoch_seed):
+    """Updates -> this process's micro-batches -> indices of trees. All processes get as many
+    micro-batches a step (FSDP waits for everyone), the missing ones filled with index lists []."""
+    order = random.Random(epoch_seed).sample(range(len(trees)), len(trees))
+    steps = []
+    for start in range(0, len(order), args.batch_size):
+        batch = order[start:start + args.batch_size]
+        plans = []
+        for r in range(WORLD):
+            share = batch[r::WORLD]
+            groups = data.plan_micro_batches([len(trees[i]) for i in share], args.tokens_per_forward)
+            plans.append([[share[i] for i in group] for group in groups])
+        most = max(map(len, plans))
+        steps.append((len(batch), plans[RANK] + [[]] * (most - len(plans[RANK]))))
+    return steps
+
+
+def forward(args, policy, trees, group):
+    """Log-probs of a group's responses, (R,). An empty group runs one tree that counts for nothing."""
+    make = data.pad if args.plain_rows else data.pack
+    return policy(make([trees[i] for i in group or [0]]).to(args.device))
+
+
+@torch.no_grad()
+def reference_log_probs(args, policy, trees, steps, label="reference"):
+    """Fills tree.ref_logps. In the very micro-batches of the training that follows, so that the
+    first update sees policy == reference to the last bit, not only to rounding."""
+    known = []
+    for _, groups in tqdm(steps, desc=label, unit="step", leave=False, disable=RANK > 0):
+        for group in groups:
+            logps = forward(args, policy, trees, group).tolist()
+            for i in group:
+                k = len(trees[i].responses)
+                known.append((i, logps[:k]))
+                logps = logps[k:]
+    shares = [known]
+    if WORLD > 1:
+        shares = [None] * WORLD
+        dist.all_gather_object(shares, known)
+    for i, logps in (pair for share in shares for pair in share):
+        trees[i].ref_logps = logps
+
+
+def group_loss(args, alpha, trees, group, logps):
+    """The SELM losses of a micro-batch (B,), and metrics: roles picked from the flat (R,) logps."""
+    ref = torch.tensor([x for i in group for x in trees[i].ref_logps], device=logps.device)
+    first = torch.tensor([0] + [len(trees[i].responses) for i in group[:-1]]).cumsum(0).tolist()
+    chosen = [start + trees[i].chosen for start, i in zip(first, group)]
+    rejected = [start + trees[i].rejected for start, i in zip(first, group)]
+
+    def sampled(x):  # the mean over a prompt's samples; the optimism term is linear in them
+        return torch.stack([x[[start + s for s in trees[i].sampled]].mean()
+                            for start, i in zip(first, group)]) if alpha > 0 else None
+    return selm.selm_loss(logps[chosen], logps[rejected], sampled(logps),
+                          ref[chosen], ref[rejected], sampled(ref), alpha=alpha, beta=args.beta)
+
+
+def lr_factor(step, steps):
+    """Linear warm-up over the first 10 % of the updates, then a cosine to 0; both restart each
+    iteration. DEVIATION: transformers' schedule wastes the first update on a rate of 0."""
+    warmup = math.ceil(0.1 * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup + 1) / (steps - warmup + 1)))
+
+
+def train(args, policy, trees, iteration, lr, alpha, check_start):
+    """One iteration's updates of the policy; returns a metrics row a step."""
+    epochs = [plan_steps(args, trees, stream(args.seed, iteration, e)) for e in range(args.epochs)]
+    steps = [step for epoch in epochs for step in epoch]
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=tuple(args.adam_betas),
+                                  eps=args.adam_eps, weight_decay=0.0)
+    schedule = LambdaLR(optimizer, lambda step: lr_factor(step, len(steps)))
+    history = []
+    bar = tqdm(steps, desc="train", unit="step", leave=False, disable=RANK > 0)
+    for step, (examples, groups) in enumerate(bar):
+        totals = {}
+        for group in groups:
+            logps = forward(args, policy, trees, group)
+            if not group:
+                (0.0 * logps.sum()).backward()
+                continue
+            losses, metrics = group_loss(args, alpha, trees, group, logps)
+            # Sum over micro-batches of sum / batch: the same gradient as one full batch. FSDP
+            # averages over processes, hence WORLD.
+            (losses.sum() * WORLD / examples).backward()
+            for name, values in metrics.items():
+                totals[name] = totals.get(name, 0.0) + values.sum().item() / examples
+        totals = sum_over_processes(totals)
+        if step == 0 and check_start and not abs(totals["loss"] - math.log(2)) < 1e-3:
+            raise RuntimeError(f"the loss at step 0 is {totals['loss']:.6f}, not ln 2: policy and "
+                               "reference log-probs disagree, so no number after it could be trusted")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not math.isfinite(totals["loss"] + norm.item()):
+            raise FloatingPointError(f"iteration {iteration}, step {step}: the loss or gradient is not "
+                                     "finite; lower --lr. Finished phases are kept")
+        history.append({"iteration": iteration, "phase": "train", "step": step,
+                        "lr": schedule.get_last_lr()[0], "grad_norm": norm.item(), **totals})
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{totals['loss']:.3f}", accuracy=f"{totals['accuracy']:.2f}")
+    return history
+
+
+def sum_over_processes(totals):
+    if WORLD == 1:
+        return totals
+    shares = [None] * WORLD
+    dist.all_gather_object(shares, totals)
+    names = {name for share in shares for name in share}
+    return {name: sum(share.get(name, 0.0) for share in shares) for name in sorted(names)}
+
+
+def evaluate(args, folder, path, start_path, records, start_rows, chat, ranker, iteration):
+    """Held-out prompts: fresh responses against the start policy's, judged by the ranker; how far
+    the policy went; what it prefers. Writes eval.jsonl, returns one metrics row."""
+    drawn = sample_responses(args, path, records, chat, "eval")
+    start_drawn = start_rows or drawn
+    own, start, trees = [], [], []
+    for record, new, old in zip(records, drawn, start_drawn):
+        prompt_ids, responses = data.cut(
+            chat.prompt_ids(record["prompt"]),
+            [chat.response_ids(record["chosen"]), chat.response_ids(record["rejected"]),
+             new["samples"][0]["ids"]], args.max_prompt_length, args.max_length)
+        trees.append(data.Tree(prompt_ids, responses, 0, 1, [2]))
+        own.append(new["samples"][0])
+        start.append(old["samples"][0])
+    mine = slice(RANK, None, WORLD)
+    texts = [[a["text"], b["text"], record["chosen"], record["rejected"]]
+             for a, b, record in zip(own, start, records)]
+    scores = gather(ranker([record["prompt"] for record in records[mine]], texts[mine]))
+    rank.check_scores(scores, texts, [record["prompt_id"] for record in records])
+    logps = {}
+    for name in {str(path), str(start_path)}:
+        scored = [data.Tree(**vars(tree)) for tree in trees]
+        plan = plan_steps(args, scored, 0)
+        reference_log_probs(args, load(args, name, training=True), scored, plan, "evaluate")
+        logps[name] = [tree.ref_logps for tree in scored]
+    logratios = [[a - b for a, b in zip(p, q)]  # (prompts, 3): chosen, rejected, own sample
+                 for p, q in zip(logps[str(path)], logps[str(start_path)])]
+    half = lambda a, b: 1.0 if a > b else 0.5 if a == b else 0.0  # noqa: E731
+    row = {"iteration": iteration, "phase": "eval", "prompts": len(records)}
+    for name, values in {
+            "score": [s[0] for s in scores],
+            "win_rate": [half(s[0], s[1]) for s in scores],
+            "preference_accuracy": [half(r[0], r[1]) for r in logratios],
+            "logratio_to_start": [r[2] for r in logratios],
+            "response_tokens": [float(len(a["ids"])) for a in own],
+            "finished": [float(a["finished"]) for a in own]}.items():
+        values = torch.tensor(values, dtype=torch.float64)
+        row[name] = values.mean().item()
+        row[f"{name}_se"] = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
+    if args.recipe == "toy":
+        row |= {f"true_{name}": value for name, value in toy.true_measures(
+            policies.load_model(path), policies.load_model(start_path), chat.tokenizer,
+            [record["prompt"] for record in records], seed=args.seed).items()}
+    finish(folder / "eval.jsonl", [
+        {"prompt_id": record["prompt_id"], "prompt": record["prompt"], "response": a["text"],
+         "start_response": b["text"], "score": s[0], "start_score": s[1], "samples": [a]}
+        for record, a, b, s in zip(records, own, start, scores)])
+    return row
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Algorithm 1
+# ----------------------------------------------------------------------------------------------
+
+
+def run(args, folder, alpha, seed, world):
+    """All iterations of one arm (one alpha, one seed) into `folder`; skips what is on disk already.
+
+    `world` holds what the arms of a seed share: the start policy's evaluation, and the toy world.
+    """
+    args = argparse.Namespace(**{**vars(args), "seed": seed})
+    if args.recipe == "toy":
+        toy.build_world(world / "world", seed, progress=RANK == 0)
+        args.model, args.data = str(world / "world/base"), str(world / "world/train.jsonl")
+    open_run(args, folder, alpha)
+    start, chat, ranker, portions, held_out = prepare(args, world)
+    first = 0 if args.offline_first else 1
+    start_rows = None
+    if held_out:
+        if not (world / "start/metrics.jsonl").exists():
+            (world / "start").mkdir(parents=True, exist_ok=True)
+            log_metrics(world / "start", [evaluate(args, world / "start", start, start, held_out,
+                                                   None, chat, ranker, first - 1)])
+        log_metrics(folder, read(world / "start/metrics.jsonl"))
+        start_rows = read(world / "start/eval.jsonl")
+
+    path = start
+    for iteration, (portion, lr) in enumerate(zip(portions, args.lr), first):
+        here = folder / f"iter_{iteration}"
+        here.mkdir(parents=True, exist_ok=True)
+        # Iteration 0 of the Zephyr recipe is plain offline DPO: no sample, the data's own pair.
+        offline = args.offline_first and iteration == 0
+        this_alpha = 0.0 if offline else alpha
+        if not (here / "policy").exists():
+            if not (here / "samples.jsonl").exists():
+                finish(here / "samples.jsonl", [{"prompt_id": r["prompt_id"], "samples": []}
+                                                for r in portion] if offline else
+                       sample_responses(args, path, portion, chat, iteration))
+            if not (here / "pairs.jsonl").exists():
+                finish(here / "pairs.jsonl", rank_candidates(
+                    args, portion, read(here / "samples.jsonl"), chat, None if offline else ranker))
+            learn(args, here, path, start, chat, iteration, lr, this_alpha, folder)
+        path = str(here / "policy")
+        if held_out and not has_metrics(folder, iteration):
+            log_metrics(folder, [evaluate(args, here, path, start, held_out, start_rows, chat,
+                                          ranker, iteration)])
+        for line in report.summary(folder, iteration):
+            say(line)
+
+
+def learn(args, here, path, start, chat, iteration, lr, alpha, folder):
+    """Reference log-probs, then training, then the new policy on disk."""
+    rows = read(here / "pairs.jsonl")
+    pairs = trees_of(rows, alpha)
+    if not pairs:
+        reasons = sorted({row["dropped"] for row in rows})
+        raise ValueError(f"iteration {iteration}: all {len(rows)} examples were dropped "
+                         f"({', '.join(reasons)}); a look at {here / 'pairs.jsonl'} should tell why")
+    trees = [tree for tree, _ in pairs]
+    policy = load(args, path, training=True)
+    steps = plan_steps(args, trees, stream(args.seed, iteration, 0))
+    anchored = args.reference == "initial" and path != start
+    if not all("ref_logp" in c for _, candidates in pairs for c in candidates):
+        reference_log_probs(args, load(args, start, training=True) if anchored else policy,
+                            trees, steps)
+        for tree, candidates in pairs:
+            for candidate, logp in zip(candidates, tree.ref_logps):
+                candidate["ref_logp"] = logp
+        finish(here / "pairs.jsonl", rows)
+    for tree, candidates in pairs:
+        tree.ref_logps = [candidate["ref_logp"] for candidate in candidates]
+    history = train(args, policy, trees, iteration, lr, alpha, check_start=not anchored)
+    log_metrics(folder, history)
+    policies.save_policy(policy, chat.tokenizer, here / "policy")
+
+
+def has_metrics(folder, iteration):
+    path = folder / "metrics.jsonl"
+    return path.exists() and any(r["phase"] == "eval" and r["iteration"] == iteration for r in read(path))
+
+
+def open_run(args, folder, alpha):
+    """Makes the folder, or recognises a run to go on with. ValueError if it was another one."""
+    settings = {name: str(value) for name, value in vars(args).items()
+                if name not in ("fresh", "dry_run", "run_dir", "baseline", "seeds", "slots",
+                                "tokens_per_forward", "compile")} | {"alpha": str(alpha)}
+    path = folder / "config.json"
+    if path.exists():
+        old = json.loads(path.read_text())["settings"]
+        changed = [f"{name} was {old.get(name)}, is {value}" for name, value in settings.items()
+                   if old.get(name) != value]
+        if changed:
+            raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); "
+                             "give another --run-dir, or --fresh to delete it")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                              cwd=Path(__file__).parent).stdout.strip()
+    if RANK == 0:
+        data.write_text(path, json.dumps({
+            "settings": settings, "command": sys.argv, "git_revision": revision or None,
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "processes": WORLD}, indent=1))
+
+
+def prepare(args, world):
+    """(start policy, chat format, ranker, portions, held-out rows), checked before anything costs."""
+    start, tokenizer = args.model, data.load_tokenizer(args.model, args.chat_template)
+    config = policies.load_config(start)
+    context = getattr(config, "max_position_embeddings", None)
+    if context and args.max_length > context:
+        raise ValueError(f"--max-length {args.max_length} exceeds the context of {start}, {context}")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"{start}: the tokenizer knows {len(tokenizer)} tokens, the model only "
+                         f"{config.vocab_size}; they do not belong together")
+    chat = data.ChatFormat(tokenizer)
+    ranker = rank.load_ranker(args.ranker, device=args.device, length_penalty=args.length_penalty,
+                              tokenizer=tokenizer, seed=args.seed, progress=RANK == 0,
+                              answers=world / "human_answers.jsonl",
+                              oracle=toy.oracle() if args.recipe == "toy" else None)
+    records, held_out = load_data(args)
+    portions = data.split_portions(records, args.iterations, args.prompts_per_iteration, args.seed)
+    if not args.plain_rows:
+        examples = [data.Tree(chat.prompt_ids(r["prompt"])[-16:],
+                              [chat.response_ids(r["chosen"])[:16], chat.response_ids(r["rejected"])[-12:]],
+                              0, 1, []) for r in records[:2]]
+        policies.self_check(policies.Policy(load(args, start, training=False)), data.pack, examples)
+    return start, chat, ranker, portions, held_out
+
+
+def load_data(args):
+    """(training rows, held-out rows). The hub's own test split, the toy's, or rows set aside."""
+    records = data.load_records(args.data)
+    wanted = 0 if args.ranker == "human" else args.eval_prompts  # nobody wants to judge so many
+    if args.recipe == "toy":
+        held_out = data.load_records(Path(args.data).with_name("test.jsonl"))[:wanted]
+    elif Path(args.data).exists():
+        records = random.Random(args.seed).sample(records, len(records))
+        wanted = min(wanted, len(records) // 5)  # a small file is mostly for training
+        records, held_out = records[wanted:], records[:wanted]
+    else:
+        held_out = data.load_records(args.data, "test_prefs")[:wanted] if wanted else []
+    return records, held_out
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. The command
+# ----------------------------------------------------------------------------------------------
+
+
+def dry_run(args):
+    """Prints what a run would do. Reads the data only where it is a file; loads no weights."""
+    prompts, source = args.known_prompts, "the paper's count"
+    if args.recipe == "toy":
+        prompts, source = args.iterations * args.prompts_per_iteration, "made on the spot"
+    elif Path(args.data).exists():
+        records, _ = load_data(args)
+        prompts, source = len(records), "counted, without held-out rows"
+    elif args.data != PAPER["data"]:
+        prompts, source = None, "unknown before it is loaded"
+    portion = min(prompts // args.iterations if prompts else math.inf,
+                  args.prompts_per_iteration or math.inf)
+    portion = None if portion == math.inf else portion
+    say(f"model   {args.model}\ndata    {args.data}: {prompts or '?'} prompts ({source})\n"
+        f"ranker  {args.ranker}\nloss    beta {args.beta:g}, reference: {args.reference}\n")
+    say("iteration  prompts  samples  alpha   lr       updates  warm-up  tokens at most")
+    first = 0 if args.offline_first else 1
+    for k, lr in enumerate(args.lr, first):
+        offline = args.offline_first and k == 0
+        n = 0 if offline else args.responses_per_prompt
+        updates = math.ceil(portion / args.batch_size) * args.epochs if portion else None
+        longest = args.max_prompt_length + (2 + n) * (args.max_length - args.max_prompt_length)
+        say(f"{k:<10} {portion or '?':<8} {portion * n if portion else '?':<8} "
+            f"{0 if offline else args.alpha:<7g} {lr:<8g} {updates or '?':<8} "
+            f"{math.ceil(0.1 * updates) if updates else '?':<8} {portion * longest if portion else '?'}"
+            + ("   offline DPO on the data's own pairs" if offline else ""))
+    say(f"\nbatch   {args.batch_size} prompts an update, micro-batches of {args.tokens_per_forward} tokens"
+        f"\nsample  temperature {args.temperature:g} (0 = greedy), at most {args.max_new_tokens} new "
+        f"tokens, {args.slots} slots\nrows    prompt {args.max_prompt_length}, with response "
+        f"{args.max_length} tokens\nseeds   {args.seeds}, baseline alpha = 0: "
+        f"{'yes' if args.baseline else 'no'}\nfiles   {args.run_dir}/iter_K/"
+        f"{{samples.jsonl, pairs.jsonl, policy/, eval.jsonl}}, {args.run_dir}/metrics.jsonl, "
+        f"{args.run_dir}/report.md, {args.run_dir}/figures/")
+
+
+def arms_of(args):
+    """(name, alpha, seed, folder, world folder) of every run that the command asks for."""
+    for seed in range(args.seed, args.seed + args.seeds):
+        world = args.run_dir if seed == args.seed else args.run_dir / f"seed_{seed}"
+        yield ("SELM" if args.alpha > 0 else "DPO"), args.alpha, seed, world, world
+        if args.baseline and args.alpha > 0:
+            yield "DPO", 0.0, seed, world / "baseline", world
+
+
+def main(argv=None):
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    args = parse_args(argv)
+    if args.recipe == "toy":
+        torch.set_num_threads(1)  # on matrices this small a second thread only waits for the first
+    if args.dry_run:
+        return dry_run(args)
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if args.fresh and RANK == 0 and (args.run_dir / "config.json").exists():
+        shutil.rmtree(args.run_dir)
+    if WORLD > 1:
+        dist.barrier()
+    arms = list(arms_of(args))
+    for name, alpha, seed, folder, world in arms:
+        say(f"\n=== {name}, alpha {alpha:g}, seed {seed} -> {folder}")
+        run(args, folder, alpha, seed, world)
+    if RANK == 0:
+        runs = [(name, folder) for name, _, _, folder, _ in arms]
+        figures = plots.draw_all(runs, args.run_dir / "figures")
+        say("\n" + report.write(runs, args.run_dir / "report.md", figures))
+        say(f"\nreport   {args.run_dir / 'report.md'}\nfigures  " + ", ".join(map(str, figures)))
+        say(f"policy   {args.run_dir}/iter_{args.iterations - args.offline_first}/policy")
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("SELM_TRACEBACK"):
+            raise
+        hint = (" Finished phases are kept: free some space and run the same command again."
+                if getattr(error, "errno", None) == 28 else "")
+        sys.exit(f"error: {error}{hint}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on after the last finished phase")
