@@ -272,22 +272,25 @@ def shard(policy):
     """FSDP2 over all processes: each layer, then the rest (embedding, norm, head) as the root.
 
     The root is Policy, whose own forward reads the head's weight: it is whole exactly then.
+    Trap: by default the root stays whole after a forward. After the reference pass, which has no
+    backward, policy.parameters() would be the whole tensors, and an optimiser made of them would
+    train copies that nobody reads. Hence reshard_after_forward.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     precision = MixedPrecisionPolicy(param_dtype=policy.autocast_dtype, reduce_dtype=torch.float32)
     for layer in policy.layers:
         fully_shard(layer, mp_policy=precision)
-    return fully_shard(policy, mp_policy=precision)
+    return fully_shard(policy, mp_policy=precision, reshard_after_forward=True)
 
 
 def save_policy(policy, tokenizer, folder):
     """Writes a plain Hugging Face folder (LoRA merged in); it appears whole or not at all.
 
-    Under torch.distributed every process must call it; rank 0 writes.
+    A sharded policy must be saved by all processes together; rank 0 writes.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     folder, temporary = Path(folder), Path(f"{folder}.tmp")
-    distributed = torch.distributed.is_initialized()
+    distributed = any(hasattr(p, "full_tensor") for p in policy.parameters())  # DTensors
     model = policy.model.merge_and_unload() if hasattr(policy.model, "merge_and_unload") else policy.model
     state = None
     if distributed:

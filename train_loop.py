@@ -453,7 +453,7 @@ def evaluate(args, folder, path, start_path, records, start_rows, chat, ranker, 
     scores = gather(ranker([record["prompt"] for record in records[mine]], texts[mine]))
     rank.check_scores(scores, texts, [record["prompt_id"] for record in records])
     logps = {}
-    for name in {str(path), str(start_path)}:
+    for name in dict.fromkeys((str(path), str(start_path))):  # not a set: ranks need one order
         scored = [data.Tree(**vars(tree)) for tree in trees]
         plan = plan_steps(args, scored, 0)
         reference_log_probs(args, load(args, name, training=True), scored, plan, "evaluate")
@@ -605,6 +605,12 @@ def prepare(args, world):
                               oracle=toy.oracle() if args.recipe == "toy" else None)
     records, held_out = load_data(args)
     portions = data.split_portions(records, args.iterations, args.prompts_per_iteration, args.seed)
+    if start.endswith(".gguf"):  # unpacked once, not at every load
+        start = str(world / "start_policy")
+        if not Path(start).exists() and RANK == 0:
+            policies.save_policy(policies.Policy(policies.load_model(args.model)), tokenizer, start)
+        if WORLD > 1:
+            dist.barrier()
     if not args.plain_rows:
         examples = [data.Tree(chat.prompt_ids(r["prompt"])[-16:],
                               [chat.response_ids(r["chosen"])[:16], chat.response_ids(r["rejected"])[-12:]],

@@ -1,0 +1,541 @@
+"""Tests of rank.py. The oracle for PairRM is llm-blender 0.0.2 itself, on random scaled-up weights.
+
+The set-up (a tokenizer trained here, a small PairRM, the same weights as an llm_blender.Blender)
+comes from experiments/benchmark_rank.py, which times the two against each other.
+"""
+
+import copy
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+import rank
+from rank import (HumanJudge, PairRM, RewardModel, check_scores, choose_pair, length_batches,
+                  load_ranker, pairrm_texts)
+
+ROOT = Path(__file__).resolve().parents[1]
+_spec = importlib.util.spec_from_file_location("benchmark_rank",
+                                               ROOT / "experiments" / "benchmark_rank.py")
+benchmark_rank = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(benchmark_rank)
+
+PROMPTS = ["hello, how are you!", "I love you!", "Write a line\nabout  the sea, please."]
+CANDIDATES = [["get out!", "hi! I am fine, thanks!", "bye!"],
+              ["I love you too!", "I hate you!", "Thanks! You're a good guy!"],
+              ["The sea is wide and the sea is blue. " * 4, "No.", "The sea\n\nis here [SEP] now."]]
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+MESSAGES = [user(text) for text in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    corpus = PROMPTS + [text for texts in CANDIDATES for text in texts]
+    corpus += ["a b c d e f g h i j k l m n o p q r s t u v w x y z"]
+    return benchmark_rank.train_tokenizer(corpus * 4, vocab_size=160)
+
+
+@pytest.fixture(scope="module")
+def pairrm(tokenizer):
+    return benchmark_rank.random_pairrm(tokenizer, hidden=32, layers=2, heads=2, scale=8.0, seed=1)
+
+
+@pytest.fixture(scope="module")
+def scores(pairrm):
+    return pairrm.scores(MESSAGES, CANDIDATES)
+
+
+def assert_close(left, right, tolerance=1e-5):
+    for a, b in zip(left, right, strict=True):
+        assert a == pytest.approx(b, abs=tolerance)
+
+
+# --- PairRM against llm-blender ---------------------------------------------------------------
+
+
+def blender_logits(pairrm, sources, firsts, seconds):
+    """Logits by llm-blender's Hugging Face class and its own `tokenize_pair`."""
+    benchmark_rank.import_llm_blender()
+    from llm_blender.blender.blender_utils import tokenize_pair
+    from llm_blender.pair_ranker.pairrm import DebertaV2PairRM
+    model = DebertaV2PairRM(copy.deepcopy(pairrm.pretrained_model.config)).eval()
+    model.load_state_dict(pairrm.state_dict())
+    with torch.no_grad():
+        encodings = tokenize_pair(pairrm.tokenizer, sources, firsts, seconds)
+        encodings.pop("token_type_ids", None)
+        return model(**encodings, return_dict=True).logits
+
+
+def blender_scores(pairrm, prompts, candidates):
+    """Scores by `Blender.rank`: CrossCompareCollator, _full_predict and get_scores_from_cmps. Batch
+    size 1, where it cuts each text by itself."""
+    return benchmark_rank.as_blender(pairrm).rank(prompts, candidates, return_scores=True,
+                                                  batch_size=1, disable_tqdm=True)
+
+
+def our_logits(pairrm, sources, firsts, seconds):
+    rows = []
+    for source, first, second in zip(sources, firsts, seconds):
+        source_ids, (first_ids, second_ids) = pairrm.encode(source, [first, second])
+        rows.append((source_ids, first_ids, second_ids))
+    with torch.no_grad():
+        return pairrm(rows)
+
+
+def test_logits_of_a_padded_batch_equal_llm_blenders_hugging_face_class(pairrm):
+    """Catches a wrong marker position, head, segment order, mask or position bucket."""
+    triples = [(prompt, *pair) for prompt, texts in zip(PROMPTS, CANDIDATES)
+               for pair in itertools.permutations([t.replace("[SEP]", "") for t in texts], 2)]
+    expected = blender_logits(pairrm, *zip(*triples))
+    assert expected.std() > 0.5, "the weights must tell the candidates apart"
+    assert torch.allclose(our_logits(pairrm, *zip(*triples)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(1500, 900, 30), (40, 1200, 1300), (1224, 500, 500)])
+def test_texts_that_are_too_long_are_cut_as_llm_blender_cuts_them(pairrm, lengths):
+    """Catches left truncation, a lost [SEP], and a wrong share of the 2048 tokens."""
+    words = ["sea", "love", "hate", "fine", "out", "good", "bye"]
+    texts = [" ".join(words[(i * i + n) % 7] for i in range(n)) for n in lengths]
+    source, candidates = pairrm.encode(texts[0], texts[1:])
+    assert len(source) <= 1224 and len(source) + sum(map(len, candidates)) <= 2048
+    expected = blender_logits(pairrm, texts[:1], texts[1:2], texts[2:])
+    assert torch.allclose(our_logits(pairrm, texts[:1], texts[1:2], texts[2:]), expected, atol=1e-4)
+
+
+def test_scores_and_ranks_equal_blender_rank(pairrm, scores):
+    """Catches a score that is not mean_j(M_ij - M_ji), and [SEP] in a text left as it is."""
+    benchmark_rank.import_llm_blender()
+    from llm_blender.gpt_eval.utils import get_ranks_from_scores
+    expected = blender_scores(pairrm, PROMPTS, CANDIDATES)
+    assert_close(scores, expected.tolist(), 1e-4)
+    assert (get_ranks_from_scores(scores) == get_ranks_from_scores(expected)).all()
+
+
+def test_identical_candidates_count_as_in_llm_blender_but_are_never_compared(pairrm, monkeypatch):
+    """Catches a mean over distinct candidates only, and 12 rows where 6 are enough."""
+    texts = [CANDIDATES[0][0], *CANDIDATES[0]]
+    expected = blender_scores(pairrm, PROMPTS[:1], [texts])
+    asked = []
+    forward = PairRM.forward
+    monkeypatch.setattr(PairRM, "forward",
+                        lambda self, rows: asked.extend(rows) or forward(self, rows))
+    (ours,) = pairrm.scores(MESSAGES[:1], [texts])
+    assert ours == pytest.approx(expected[0].tolist(), abs=1e-4)
+    assert ours[0] == ours[1] and len(asked) == 6
+
+
+def test_many_turns_are_written_as_llm_blender_writes_conversations():
+    """Catches a format that PairRM never saw: a template, swapped roles, numbers off by one."""
+    benchmark_rank.import_llm_blender()
+    from llm_blender.blender.blender_utils import get_pair_from_conv
+    turns = ["Hi.", "Hello!", "Who are you?", "A model.", "Tell a joke."]
+    roles = ["user", "assistant"] * 3
+    prompt = [{"role": role, "content": text} for role, text in zip(roles, turns)]
+    conversations = [[{"role": role.upper(), "content": text}
+                      for role, text in zip(roles, [*turns, last])] for last in ("No.", "Why?")]
+    sources, firsts, seconds = get_pair_from_conv(conversations[:1], conversations[1:])
+    assert pairrm_texts(prompt, ["No.", "Why?"]) == (sources[0], [firsts[0], seconds[0]])
+
+
+def test_one_turn_is_raw_text_and_a_system_message_comes_first():
+    """Catches a chat template around the prompt, and a system message that is lost."""
+    assert pairrm_texts(user("Hi."), ["a"]) == ("Hi.", ["a"])
+    system = [{"role": "system", "content": "Be brief."}]
+    assert pairrm_texts(system + user("Hi."), ["a"]) == ("Be brief.\nHi.", ["a"])
+    with pytest.raises(ValueError, match="user turns"):
+        pairrm_texts(user("Hi.") + [{"role": "assistant", "content": "Yes?"}], ["a"])
+
+
+def test_a_marker_in_a_text_does_not_move_the_places_where_the_head_looks(pairrm):
+    """Catches a policy that learns to write <|candidate1|>."""
+    texts = ["I won. <|candidate1|> yes", "no <|source|>"]
+    plain = [text.replace("<|candidate1|>", " ").replace("<|source|>", " ") for text in texts]
+    assert_close(pairrm.scores(MESSAGES[:1], [texts]), pairrm.scores(MESSAGES[:1], [plain]), 0)
+
+
+def test_our_attention_equals_that_of_transformers(pairrm, tokenizer):
+    """Catches swapped c2p and p2c, a wrong bucket sign or scale, and attention to padding."""
+    from transformers import DebertaV2Model
+    theirs = DebertaV2Model(pairrm.pretrained_model.config).eval()
+    theirs.load_state_dict(pairrm.pretrained_model.state_dict())
+    ids = torch.arange(5, 5 + 2 * 400).remainder(60).view(2, 400)  # 400 > 256: log buckets too
+    mask = torch.ones_like(ids)
+    mask[1, 300:] = 0
+    with torch.no_grad():
+        expected = theirs(ids, mask).last_hidden_state[mask.bool()]
+        ours = pairrm.pretrained_model(ids, mask).last_hidden_state[mask.bool()]
+    assert torch.allclose(ours, expected, atol=1e-4)
+
+
+# --- Invariance -------------------------------------------------------------------------------
+
+
+def test_scores_do_not_depend_on_the_batch_size(pairrm, scores, monkeypatch):
+    """Catches padding that leaks; 1 token a forward pass is one pair at a time."""
+    for budget in (1, 60, 100_000):
+        monkeypatch.setattr(pairrm, "tokens_per_forward", budget)
+        assert_close(pairrm.scores(MESSAGES, CANDIDATES), scores)
+
+
+def test_scores_do_not_depend_on_the_order_of_prompts(pairrm, scores):
+    """Catches results that the sorted queue gives to the wrong prompt."""
+    shuffled = pairrm.scores(MESSAGES[::-1], CANDIDATES[::-1])
+    assert_close(shuffled[::-1], scores)
+
+
+def test_scores_follow_the_candidates_when_they_are_reordered(pairrm, scores):
+    """Catches M[i, j] that is mistaken for M[j, i]."""
+    for order in itertools.permutations(range(3)):
+        (permuted,) = pairrm.scores(MESSAGES[:1], [[CANDIDATES[0][i] for i in order]])
+        assert permuted == pytest.approx([scores[0][i] for i in order], abs=1e-5)
+
+
+def test_prompts_may_have_different_numbers_of_candidates(pairrm, scores):
+    """Catches a stacked tensor; one candidate alone scores 0."""
+    result = pairrm.scores(MESSAGES[:2], [["alone"], CANDIDATES[1]])
+    assert result[0] == [0.0]
+    assert result[1] == pytest.approx(scores[1], abs=1e-5)
+
+
+def test_batches_hold_every_index_once_and_keep_to_the_budget():
+    """Catches a lost last batch and a budget that ignores padding."""
+    lengths = [7, 3, 100, 5, 5, 64, 1]
+    batches = list(length_batches(lengths, 21))
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 21
+    assert list(length_batches([], 21)) == []
+
+
+# --- Loading ----------------------------------------------------------------------------------
+
+
+def save_pairrm(pairrm, folder, base=None):
+    """The layout of llm-blender/PairRM-hf or, given a base model, that of llm-blender/PairRM."""
+    from safetensors.torch import save_file
+    folder.mkdir()
+    save_file({k: v.contiguous() for k, v in pairrm.state_dict().items()},
+              folder / "model.safetensors")
+    if base:
+        (folder / "config.json").write_text(json.dumps(
+            {"ranker_type": "pairranker", "model_type": "deberta", "model_name": base}))
+    else:
+        pairrm.pretrained_model.config.save_pretrained(folder)
+        pairrm.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_both_layouts_of_the_hub_load_to_the_same_scores(pairrm, scores, tmp_path):
+    """Catches llm-blender's config that is read as DeBERTa v1, and a tokenizer that is rebuilt."""
+    own = save_pairrm(pairrm, tmp_path / "PairRM-hf")
+    ranker = load_ranker(f"pairrm:{own}")
+    assert_close(ranker(MESSAGES, CANDIDATES), scores, 1e-6)
+    foreign = save_pairrm(pairrm, tmp_path / "PairRM", base=own)
+    assert_close(load_ranker(f"pairrm:{foreign}")(MESSAGES, CANDIDATES), scores, 1e-6)
+
+
+def test_a_bf16_body_keeps_an_fp32_head_and_roughly_the_scores(pairrm, scores):
+    """Catches a head that is cast with the body, and a mask value that overflows in bf16."""
+    half = PairRM(pairrm.pretrained_model.config, pairrm.tokenizer)
+    half.load_state_dict(pairrm.state_dict())
+    half.pretrained_model.bfloat16()
+    result = half.scores(MESSAGES, CANDIDATES)
+    assert half.head_layer[1].weight.dtype == torch.float32
+    assert torch.isfinite(torch.tensor(result)).all()
+    assert_close(result, scores, 0.15)  # scores are about 1; bf16 has 3 digits
+
+
+def test_a_folder_that_is_not_a_safe_pairrm_is_refused_in_one_line(pairrm, tmp_path):
+    """Catches a pickle that is loaded, missing weights that stay random, and wrong marker ids."""
+    from safetensors.torch import load_file, save_file
+    with pytest.raises(ValueError, match="safetensors"):
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "pytorch_model.bin").write_bytes(b"x")
+        load_ranker(f"pairrm:{tmp_path / 'bin'}")
+    folder = Path(save_pairrm(pairrm, tmp_path / "model"))
+    state = load_file(folder / "model.safetensors")
+    save_file({"head_layer.4.weight": state["head_layer.4.weight"]}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="not a PairRM"):
+        load_ranker(f"pairrm:{folder}")
+    fewer = {key: value for key, value in state.items() if key != "head_layer.1.bias"}
+    save_file(fewer, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="head_layer.1.bias"):
+        load_ranker(f"pairrm:{folder}")
+    save_file(state, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "source_prefix_id": 7}))
+    with pytest.raises(ValueError, match="do not belong together"):
+        load_ranker(f"pairrm:{folder}")
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="no usable config.json"):
+        load_ranker(f"pairrm:{folder}")
+
+
+def online():
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return False
+    try:
+        url = "https://huggingface.co/llm-blender/PairRM-hf/resolve/main/config.json"
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3)
+        return True
+    except OSError:
+        return False
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("name", ["llm-blender/PairRM-hf", "llm-blender/PairRM"])
+def test_the_real_pairrm_ranks_llm_blenders_own_examples_as_its_readme_says(name):
+    """Catches whatever random weights cannot show. https://github.com/yuchenlin/LLM-Blender: README
+    (the ranks) and pairrm_to_hf.ipynb (the two logits)."""
+    if not online():
+        pytest.skip("no model hub; where there is one: HF_HUB_OFFLINE=0 pytest -m hub")
+    model = PairRM.load(name)
+    for row, ranks in zip(model.scores(MESSAGES[:2], CANDIDATES[:2]), [[3, 1, 2], [1, 3, 2]]):
+        assert [1 + sum(other > score for other in row) for score in row] == ranks
+    logits = our_logits(model, ["hello!", "I love you!"], ["hi!", "I hate you!"],
+                        ["f**k off!", "I love you, too!"])
+    assert logits.tolist() == pytest.approx([1.9003021717071533, -1.2547134160995483], abs=1e-2)
+
+
+# --- Reward models ----------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
+
+
+def save_reward_model(tokenizer, folder, labels=1, pad=0, template=TEMPLATE, causal=False):
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    torch.manual_seed(1)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32,
+                         num_hidden_layers=1, num_attention_heads=2, num_labels=labels,
+                         pad_token_id=pad, max_position_embeddings=64)
+    model = (LlamaForCausalLM if causal else LlamaForSequenceClassification)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 40 if parameter.dim() > 1 else 1
+    model.save_pretrained(folder)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("pad", [0, None])
+def test_a_reward_model_scores_each_candidate_in_its_chat_template(tokenizer, tmp_path, pad):
+    """Catches a score read at padding, a swapped row, a prompt without its template, and an answer
+    that is cut where the conversation is longer than the model's 64 positions."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    folder = save_reward_model(tokenizer, tmp_path / "reward", pad=pad)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    loaded = AutoTokenizer.from_pretrained(folder)
+    expected = []
+    for prompt, texts in zip(PROMPTS, CANDIDATES):
+        rows = [loaded(f"user: {prompt} assistant: {text} ", add_special_tokens=False,
+                       return_tensors="pt")["input_ids"] for text in texts]
+        with torch.no_grad():
+            expected.append([model(row[:, -64:]).logits.item() for row in rows])
+    assert torch.tensor(expected).std() > 0.1
+    assert_close(load_ranker(f"reward:{folder}")(MESSAGES, CANDIDATES), expected)
+
+
+def test_what_is_not_a_reward_model_is_refused_in_one_line(tokenizer, tmp_path):
+    """Catches a classifier of two classes, a random head on a language model, and no template."""
+    with pytest.raises(ValueError, match="2 outputs"):
+        RewardModel(save_reward_model(tokenizer, tmp_path / "two", labels=2))
+    with pytest.raises(ValueError, match="no trained head"):
+        RewardModel(save_reward_model(tokenizer, tmp_path / "causal", causal=True))
+    with pytest.raises(ValueError, match="chat template"):
+        RewardModel(save_reward_model(tokenizer, tmp_path / "plain", template=None))
+    with pytest.raises(ValueError, match="no sequence classifier"):
+        (tmp_path / "empty").mkdir()
+        RewardModel(str(tmp_path / "empty"))
+
+
+# --- Functions, the oracle, penalties, bad input ----------------------------------------------
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_users_function_is_called_with_messages_and_distinct_texts(tmp_path):
+    """Catches a judge with moods that scores two identical texts differently."""
+    path = write(tmp_path / "judge.py", "import itertools\ncount = itertools.count()\n"
+                 "def judge(prompts, candidates):\n"
+                 "    assert prompts[0][0]['role'] == 'user'\n"
+                 "    return [[next(count) for _ in texts] for texts in candidates]\n")
+    assert load_ranker(f"{path}:judge")(MESSAGES[:1], [["a", "b", "a"]]) == [[0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("nonsense", "pairrm"), ("reward:", "reward:ID"), ("missing.py:f", "no file"),
+    ("judge.py:absent", "no function absent"), ("broken.py:f", "importing broken.py failed"),
+    ("oracle", "toy world"), ("judge.py:flat", "list of lists"), ("judge.py:short", "candidates"),
+    ("judge.py:words", "list of lists"), ("judge.py:fewer", "1 lists for 2 prompts")])
+def test_a_judge_that_cannot_be_used_says_why_in_one_line(tmp_path, monkeypatch, spec, message):
+    """Catches tracebacks, and wrong shapes that only fail in the middle of a run."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "broken.py", "import no_such_module\n")
+    write(tmp_path / "judge.py", "flat = lambda p, c: [1.0, 2.0]\n"
+          "short = lambda p, c: [[1.0], [1.0]]\nfewer = lambda p, c: [[1.0, 2.0]]\n"
+          "words = lambda p, c: [['good'] * len(t) for t in c]\n")
+    with pytest.raises(ValueError, match=message) as error:
+        load_ranker(spec)(MESSAGES[:2], [["a", "b"], ["c", "d"]])
+    assert "\n" not in str(error.value)
+
+
+def test_the_oracle_is_the_callable_that_was_handed_in():
+    """Catches an oracle that is looked up elsewhere."""
+    ranker = load_ranker("oracle", oracle=lambda prompts, candidates: [[len(t) for t in c]
+                                                                       for c in candidates])
+    assert ranker(MESSAGES[:1], [["a", "bbb"]]) == [[1.0, 3.0]]
+
+
+def test_the_length_penalty_takes_lambda_for_every_token(tokenizer):
+    """Catches a penalty in characters, with the special tokens, or with the wrong sign."""
+    ranker = load_ranker("oracle", oracle=lambda p, c: [[5.0] * len(t) for t in c],
+                         tokenizer=tokenizer, length_penalty=0.5)
+    texts = ["hello", "hello, how are you!"]
+    expected = [5.0 - 0.5 * len(tokenizer.tokenize(text)) for text in texts]
+    assert ranker(MESSAGES[:1], [texts]) == [expected]
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        load_ranker("oracle", oracle=lambda p, c: [], length_penalty=0.5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_not_finite_stops_with_the_prompts_id(bad):
+    """Catches a NaN that sorts anywhere and trains on noise."""
+    with pytest.raises(ValueError, match="prompt_id second"):
+        check_scores([[1.0], [0.0, bad]], [["a"], ["b", "c"]], ["first", "second"])
+    assert check_scores(torch.tensor([[1, 2]]), [["a", "b"]], ["x"]) == [[1.0, 2.0]]
+
+
+# --- Best and worst ---------------------------------------------------------------------------
+
+
+def test_best_and_worst_do_not_depend_on_the_order_of_candidates():
+    """Catches argmax and argmin, which favour whoever stands first."""
+    texts, scores = ["a", "b", "c", "d", "e"], [1.0, 1.0, 0.0, 0.0, 0.5]
+    winners = set()
+    for order in itertools.permutations(range(5)):
+        best, worst = choose_pair([scores[i] for i in order], [texts[i] for i in order])
+        winners.add((texts[order[best]], texts[order[worst]]))
+    assert len(winners) == 1
+    ((best, worst),) = winners
+    assert best in "ab" and worst in "cd"
+
+
+def test_ties_go_by_the_hash_of_the_text_and_equal_scores_give_no_pair():
+    """Catches a rule other than the stated one, and a pair made of nothing."""
+    import hashlib
+    texts = ["a", "b", "c"]
+    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
+    best, worst = choose_pair([1.0, 1.0, 0.0], texts)
+    assert texts[best] == min("ab", key=digest) and texts[worst] == "c"
+    best, worst = choose_pair([1.0, 0.0, 0.0], texts)
+    assert best == 0 and texts[worst] == max("bc", key=digest)
+    assert choose_pair([0.3, 0.3, 0.3], texts) is None
+    assert choose_pair([0.3], ["a"]) is None
+
+
+# --- You as the judge -------------------------------------------------------------------------
+
+
+def answer(monkeypatch, replies):
+    replies = iter(replies)
+    monkeypatch.setattr("builtins.input", lambda _: next(replies))
+
+
+def shown(capsys):
+    """The candidates in the order in which they were printed."""
+    return [text for text in capsys.readouterr().out.split("\n") if text.startswith("text ")]
+
+
+def test_a_human_judge_stops_and_goes_on_where_it_stopped(monkeypatch, capsys, tmp_path):
+    """Catches answers that are lost on 'q', asked twice, or given to the wrong candidate."""
+    candidates = [["text a", "text b", "text c"], ["text d", "text e"], ["text f", "text f"]]
+    path = tmp_path / "answers.jsonl"
+    answer(monkeypatch, ["0", "x", "2", "2", "1", "q"])  # two bad numbers; worst may not be best
+    with pytest.raises(SystemExit, match="goes on"):
+        HumanJudge(path, seed=3).scores(MESSAGES, candidates)
+    order = shown(capsys)[:3]
+    with open(path, "a") as file:
+        file.write('\n{"key": "cut o')  # killed while it wrote
+    answer(monkeypatch, ["1"])
+    scores = HumanJudge(path, seed=3).scores(MESSAGES, candidates)
+    second = shown(capsys)
+    expected = {order[1]: 1.0, order[0]: -1.0, order[2]: 0.0, second[0]: 1.0, second[1]: -1.0}
+    assert scores[:2] == [[expected[text] for text in texts] for texts in candidates[:2]]
+    assert scores[2] == [0.0, 0.0], "identical candidates need no answer"
+    answer(monkeypatch, [])
+    again = HumanJudge(path, seed=3).scores(MESSAGES, [texts[::-1] for texts in candidates])
+    assert [row[::-1] for row in again] == scores
+
+
+def test_a_human_sees_the_same_order_whatever_order_the_candidates_come_in(
+        monkeypatch, capsys, tmp_path):
+    """Catches a shuffle of the incoming order, by which a second session would show the sources."""
+    orders = set()
+    for number, texts in enumerate(itertools.permutations(["text a", "text b", "text c"])):
+        answer(monkeypatch, ["q"])
+        with pytest.raises(SystemExit):
+            HumanJudge(tmp_path / f"{number}", seed=0).scores(MESSAGES[:1], [list(texts)])
+        orders.add(tuple(shown(capsys)))
+    assert len(orders) == 1
+
+
+# --- The command line -------------------------------------------------------------------------
+
+
+def run_cli(*arguments):
+    return subprocess.run([sys.executable, str(ROOT / "rank.py"), *map(str, arguments)],
+                          capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_command_line_ranks_a_file_and_keeps_what_was_in_it(tmp_path):
+    """Catches lost fields, lost candidates, and best that is not the highest score."""
+    judge = write(tmp_path / "judge.py", "def by_length(prompts, candidates):\n"
+                  "    return [[len(t) for t in texts] for texts in candidates]\n")
+    rows = [{"prompt_id": "p1", "prompt": "Why?", "candidates": ["ab", "a", "abc"], "extra": 1},
+            {"prompt": user("Who?"), "candidates": ["x", "y"]}]
+    source = write(tmp_path / "in.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    done = run_cli("--input", source, "--output", tmp_path / "out.jsonl",
+                   "--ranker", f"{judge}:by_length")
+    assert done.returncode == 0, done.stderr
+    result = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert result[0] == {**rows[0], "scores": [2.0, 1.0, 3.0], "best": 2, "worst": 1}
+    assert result[1] == {**rows[1], "prompt_id": "line 2", "scores": [1.0, 1.0], "best": None,
+                         "worst": None}
+    assert "1 of them all equal" in done.stdout
+
+
+def test_a_bad_line_is_named_and_an_old_output_stays(tmp_path, monkeypatch, capsys):
+    """Catches a traceback, and an output that is opened before the work is done."""
+    output = tmp_path / "out.jsonl"
+    write(tmp_path / "judge.py", "nan = lambda p, c: [[float('nan')] * len(t) for t in c]\n")
+    good = '{"prompt": "Why?", "candidates": ["a"]}\n'
+    cases = [("{not json", "line 2"), ('{"prompt": "Why?"}', "line 2"), ("[1]", "line 2"),
+             ('{"prompt": 3, "candidates": ["a"]}', "line 2: prompt"),
+             ('{"prompt": "Why?", "candidates": []}', "line 2: candidates"),
+             ('{"prompt": "Why?", "candidates": [1]}', "line 2: candidates"),
+             ('{"prompt_id": "bad", "prompt": "?", "candidates": ["a"]}', "prompt_id line 1")]
+    for line, message in cases:
+        output.write_text("old")
+        source = write(tmp_path / "in.jsonl", good + line + "\n")
+        monkeypatch.setattr(sys, "argv", ["rank.py", "--input", source, "--output", str(output),
+                                          "--ranker", f"{tmp_path / 'judge.py'}:nan"])
+        with pytest.raises(SystemExit, match=message):
+            rank.main()
+        assert output.read_text() == "old"
