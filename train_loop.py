@@ -54,7 +54,7 @@ PAPER = dict(data="HuggingFaceH4/ultrafeedback_binarized", known_prompts=61_135,
              batch_size=128, epochs=1, adam_betas=(0.9, 0.999), adam_eps=1e-8, max_length=1024,
              max_prompt_length=512, max_new_tokens=1024, temperature=0.0, slots=128,
              tokens_per_forward=8192, gradient_checkpointing=True, eval_prompts=256,
-             prompts_per_iteration=None, seeds=1, baseline=False)
+             prompts_per_iteration=None, seeds=1, baseline=False, variant=None)
 RECIPES = {
     "zephyr-7b-sft": PAPER | dict(
         model="HuggingFaceH4/mistral-7b-sft-beta", iterations=4, offline_first=True, batch_size=256,
@@ -72,8 +72,10 @@ RECIPES = {
         model=None, data=None, known_prompts=None, ranker="oracle", alpha=0.3, beta=1.0, lr=[3e-3],
         batch_size=32, adam_betas=(0.9, 0.95), adam_eps=0.1, prompts_per_iteration=512,
         max_length=64, max_prompt_length=32, max_new_tokens=8, slots=128, tokens_per_forward=8192,
-        gradient_checkpointing=False, eval_prompts=144, seeds=5, baseline=True),
+        gradient_checkpointing=False, eval_prompts=48, seeds=5, baseline=True, variant="default"),
 }
+# The same world, but its best words are rare: what the ablation of the README runs.
+RECIPES["toy-rare"] = RECIPES["toy"] | dict(variant="rare")
 
 
 def parse_args(argv=None):
@@ -146,7 +148,7 @@ def fill_from_recipe(args):
             args.model = value if args.recipe else args.model
         elif getattr(args, name, None) is None:
             setattr(args, name, value)
-    if args.recipe == "toy":
+    if args.variant:
         args.model, args.data = str(args.run_dir / "world/base"), str(args.run_dir / "world/train.jsonl")
     if len(args.lr) == 1:
         args.lr = args.lr * args.iterations
@@ -185,6 +187,11 @@ def say(text):
         tqdm.write(text, file=sys.stdout)
 
 
+def barrier():
+    if WORLD > 1:
+        dist.barrier()
+
+
 def gather(rows):
     """Each process holds rows[RANK::WORLD] of a list; all get the whole list, in its order."""
     if WORLD == 1:
@@ -198,8 +205,7 @@ def finish(path, rows):
     """Rank 0 writes a phase's file, whole; everyone waits for it."""
     if RANK == 0:
         data.write_jsonl(path, rows)
-    if WORLD > 1:
-        dist.barrier()
+    barrier()
 
 
 def read(path):
@@ -472,10 +478,11 @@ def evaluate(args, folder, path, start_path, records, start_rows, chat, ranker, 
         values = torch.tensor(values, dtype=torch.float64)
         row[name] = values.mean().item()
         row[f"{name}_se"] = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
-    if args.recipe == "toy":
+    if args.variant:
         row |= {f"true_{name}": value for name, value in toy.true_measures(
             policies.load_model(path), policies.load_model(start_path), chat.tokenizer,
-            [record["prompt"] for record in records], seed=args.seed).items()}
+            [record["prompt"] for record in records], variant=args.variant,
+            seed=args.seed).items()}
     finish(folder / "eval.jsonl", [
         {"prompt_id": record["prompt_id"], "prompt": record["prompt"], "response": a["text"],
          "start_response": b["text"], "score": s[0], "start_score": s[1], "samples": [a]}
@@ -494,8 +501,10 @@ def run(args, folder, alpha, seed, world):
     `world` holds what the arms of a seed share: the start policy's evaluation, and the toy world.
     """
     args = argparse.Namespace(**{**vars(args), "seed": seed})
-    if args.recipe == "toy":
-        toy.build_world(world / "world", seed, progress=RANK == 0)
+    if args.variant:
+        if RANK == 0:
+            toy.build_world(world / "world", seed, variant=args.variant)
+        barrier()
         args.model, args.data = str(world / "world/base"), str(world / "world/train.jsonl")
     open_run(args, folder, alpha)
     start, chat, ranker, portions, held_out = prepare(args, world)
@@ -602,15 +611,14 @@ def prepare(args, world):
     ranker = rank.load_ranker(args.ranker, device=args.device, length_penalty=args.length_penalty,
                               tokenizer=tokenizer, seed=args.seed, progress=RANK == 0,
                               answers=world / "human_answers.jsonl",
-                              oracle=toy.oracle() if args.recipe == "toy" else None)
+                              oracle=toy.oracle(args.variant) if args.variant else None)
     records, held_out = load_data(args)
     portions = data.split_portions(records, args.iterations, args.prompts_per_iteration, args.seed)
     if start.endswith(".gguf"):  # unpacked once, not at every load
         start = str(world / "start_policy")
         if not Path(start).exists() and RANK == 0:
             policies.save_policy(policies.Policy(policies.load_model(args.model)), tokenizer, start)
-        if WORLD > 1:
-            dist.barrier()
+        barrier()
     if not args.plain_rows:
         examples = [data.Tree(chat.prompt_ids(r["prompt"])[-16:],
                               [chat.response_ids(r["chosen"])[:16], chat.response_ids(r["rejected"])[-12:]],
@@ -623,7 +631,7 @@ def load_data(args):
     """(training rows, held-out rows). The hub's own test split, the toy's, or rows set aside."""
     records = data.load_records(args.data)
     wanted = 0 if args.ranker == "human" else args.eval_prompts  # nobody wants to judge so many
-    if args.recipe == "toy":
+    if args.variant:
         held_out = data.load_records(Path(args.data).with_name("test.jsonl"))[:wanted]
     elif Path(args.data).exists():
         records = random.Random(args.seed).sample(records, len(records))
@@ -642,7 +650,7 @@ def load_data(args):
 def dry_run(args):
     """Prints what a run would do. Reads the data only where it is a file; loads no weights."""
     prompts, source = args.known_prompts, "the paper's count"
-    if args.recipe == "toy":
+    if args.variant:
         prompts, source = args.iterations * args.prompts_per_iteration, "made on the spot"
     elif Path(args.data).exists():
         records, _ = load_data(args)
@@ -687,7 +695,7 @@ def main(argv=None):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     args = parse_args(argv)
-    if args.recipe == "toy":
+    if args.variant:
         torch.set_num_threads(1)  # on matrices this small a second thread only waits for the first
     if args.dry_run:
         return dry_run(args)
@@ -697,8 +705,7 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.fresh and RANK == 0 and (args.run_dir / "config.json").exists():
         shutil.rmtree(args.run_dir)
-    if WORLD > 1:
-        dist.barrier()
+    barrier()
     arms = list(arms_of(args))
     for name, alpha, seed, folder, world in arms:
         say(f"\n=== {name}, alpha {alpha:g}, seed {seed} -> {folder}")

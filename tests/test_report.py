@@ -1,0 +1,109 @@
+"""Tables, warnings and figures from files made by hand."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+import data
+import plots
+import report
+from conftest import ROOT
+
+
+def candidate(source, tokens, text="x", finished=True):
+    return {"sources": [source], "text": text, "ids": [1] * tokens, "finished": finished}
+
+
+def make_run(folder, iteration=1, tokens=10, finished=True, equal=0, accuracy=0.7, logratio=-1.0,
+             text="fresh", evals=None):
+    """A run folder with ten prompts in one iteration, as train_loop.py would leave it."""
+    (folder / f"iter_{iteration}").mkdir(parents=True)
+    data.write_jsonl(folder / f"iter_{iteration}/pairs.jsonl", [{
+        "prompt_id": str(i), "dropped": "best and worst are equal" if i < equal else None,
+        "candidates": [candidate("chosen", 5), candidate("rejected", 5),
+                       candidate("sample", tokens, f"{text} {i}", finished)],
+        "chosen": 2 if i % 2 else 0, "rejected": 1, "sampled": [2]} for i in range(10)])
+    old = [r for _, r in data.read_jsonl(folder / "metrics.jsonl")] if iteration > 1 else []
+    data.write_jsonl(folder / "metrics.jsonl", old + [
+        {"iteration": iteration, "phase": "train", "step": s, "loss": 0.69 - s / 100, "dpo_loss": 0.6,
+         "accuracy": accuracy, "sampled_logratio": logratio, "margin": 0.1, "grad_norm": 1.0}
+        for s in range(5)] + [{"iteration": iteration, "phase": "eval", "score": 0.5, "score_se": 0.1,
+                               **(evals or {})}])
+    return folder
+
+
+def test_the_summary_counts_pairs_drops_and_the_fate_of_the_samples(tmp_path):
+    """Shares taken over all prompts instead of the kept ones; drops that are not mentioned."""
+    line = report.summary(make_run(tmp_path, equal=2), 1)[0]
+    # of the 8 kept rows, those with odd i (3, 5, 7, 9) have the sample as best: 50 %
+    assert "8 pairs of 10 prompts (2 best and worst are equal), y best 50% worst 0%" in line
+    assert "loss 0.690 -> 0.650, log-ratio of y -1.00" in line
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(logratio=-20.0, accuracy=0.5), "optimism is too strong.*-20.0 nats.*--alpha"),
+    (dict(finished=False), "100% of the samples hit the length limit"),
+    (dict(equal=6), "60% of the examples were dropped"),
+    (dict(evals={"logratio_to_start": 50.0}), "50 nats from the start.*--beta")])
+def test_each_failure_signature_gives_one_warning_with_its_figure(changes, words, tmp_path):
+    """A run that fails as the paper says runs do, without a word."""
+    lines = report.summary(make_run(tmp_path, **changes), 1)[1:]
+    assert len(lines) == 1 and __import__("re").search(words, lines[0])
+
+
+def test_a_healthy_run_gives_no_warning(tmp_path):
+    """Warnings that everybody learns to ignore."""
+    assert report.summary(make_run(tmp_path), 1)[1:] == []
+
+
+def test_growth_and_standstill_are_seen_across_iterations(tmp_path):
+    """Length that grows by a third an iteration; a policy that repeats itself word for word."""
+    make_run(tmp_path, 1, tokens=10)
+    grown = report.summary(make_run(tmp_path, 2, tokens=14, text="other"), 2)[1:]
+    assert len(grown) == 1 and "10 -> 14 tokens" in grown[0]
+    stuck = report.summary(make_run(tmp_path, 3, tokens=14, text="other"), 3)[1:]
+    assert len(stuck) == 1 and "100% of the samples are those of the last iteration" in stuck[0]
+
+
+def test_intervals_are_students_over_seeds():
+    """A normal quantile for five seeds: intervals a third too narrow."""
+    values = [1.0, 2.0, 4.0, 4.0, 9.0]  # mean 4, variance (9 + 4 + 0 + 0 + 25) / 4 = 9.5
+    mean, width = report.mean_interval(values)
+    assert mean == 4.0 and width == pytest.approx(2.776 * math.sqrt(9.5 / 5), rel=2e-3)
+    assert math.isnan(report.mean_interval([3.0])[1])
+
+
+def test_the_table_averages_over_seeds_and_shows_the_start_once(tmp_path):
+    """A start row an arm; a mean over arms."""
+    runs = []
+    for name, seed, score in (("SELM", 0, 0.4), ("SELM", 1, 0.8), ("DPO", 0, 0.1), ("DPO", 1, 0.3)):
+        folder = tmp_path / f"{name}{seed}"
+        folder.mkdir()
+        data.write_jsonl(folder / "metrics.jsonl", [
+            {"iteration": k, "phase": "eval", "score": score * k} for k in (0, 1)])
+        runs.append((name, folder))
+    table = report.table(runs)
+    assert table.count("| start | 0 |") == 1
+    assert "| SELM | 1 | 0.6 ± 2.5 |" in table  # 12.71 * 0.2828 / sqrt(2)
+    assert "| DPO | 1 | 0.2 ± 1.3 |" in table
+    assert "over 2 seeds" in table
+
+
+def test_the_figures_are_drawn_again_from_the_files_alone(tmp_path):
+    """A figure that needs the process that made the numbers."""
+    run = make_run(tmp_path / "run", evals={"win_rate": 0.6})
+    make_run(tmp_path / "run/baseline", evals={"win_rate": 0.5})
+    (run / "config.json").write_text(json.dumps({"settings": {"name": "x"}, "command": ["x"],
+                                                 "git_revision": None, "torch": "", "transformers": ""}))
+    result = subprocess.run([sys.executable, str(ROOT / "plots.py"), str(run)],
+                            capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for name in ("evaluation.png", "training.png"):
+        assert (run / "figures" / name).read_bytes()[:4] == b"\x89PNG"
+    runs = plots.find_runs(run)
+    assert runs == [("SELM", run), ("DPO", run / "baseline")]
+    assert report.write(runs, run / "report.md", [run / "figures/training.png"]) == report.table(runs)
+    assert "![training](figures/training.png)" in (run / "report.md").read_text()
