@@ -9,6 +9,7 @@ Test: pytest tests/test_report.py.
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 from data import read_jsonl, write_text
@@ -41,7 +42,70 @@ def mean_interval(values):
 
 
 # ----------------------------------------------------------------------------------------------
-# 1. After each iteration
+# 1. Before the run, and after each evaluation
+# ----------------------------------------------------------------------------------------------
+
+
+def plan(args, prompts, source):
+    """What --dry-run prints: the iteration table and where files go. `prompts` may be None."""
+    portion = min([x for x in (prompts and prompts // args.iterations, args.prompts_per_iteration)
+                   if x], default=None)
+    lines = [f"model   {args.model}",
+             f"data    {args.data}: {prompts or '?'} prompts ({source})",
+             f"ranker  {args.ranker}",
+             f"loss    beta {args.beta:g}, reference: {args.reference}", "",
+             "iteration  prompts  samples  alpha   lr       updates  warm-up  tokens at most"]
+    first = 0 if args.offline_first else 1
+    for k, lr in enumerate(args.lr, first):
+        offline = args.offline_first and k == 0
+        n = 0 if offline else args.responses_per_prompt
+        updates = portion and math.ceil(portion / args.batch_size) * args.epochs
+        longest = args.max_prompt_length + (2 + n) * (args.max_length - args.max_prompt_length)
+        lines.append(
+            f"{k:<10} {portion or '?':<8} {portion * n if portion else '?':<8} "
+            f"{0 if offline else args.alpha:<7g} {lr:<8g} {updates or '?':<8} "
+            f"{math.ceil(0.1 * updates) if updates else '?':<8} {portion * longest if portion else '?'}"
+            + ("   offline DPO on the data's own pairs" if offline else ""))
+    return "\n".join(lines + [
+        "", f"batch   {args.batch_size} prompts an update, in micro-batches of "
+        f"{args.tokens_per_forward} tokens",
+        f"sample  temperature {args.temperature:g} (0 = greedy), at most {args.max_new_tokens} new "
+        f"tokens, {args.slots} slots",
+        f"rows    prompt {args.max_prompt_length}, with response {args.max_length} tokens",
+        f"seeds   {args.seeds}; baseline alpha = 0: {'yes' if args.baseline else 'no'}",
+        f"files   {args.run_dir}/iter_K/{{samples.jsonl, pairs.jsonl, policy/, eval.jsonl}}, "
+        f"{args.run_dir}/metrics.jsonl, {args.run_dir}/report.md, {args.run_dir}/figures/"])
+
+
+def half_for_ties(a, b):
+    return 1.0 if a > b else 0.5 if a == b else 0.0
+
+
+def evaluation(scores, responses, policy_logps, start_logps):
+    """Metrics of held-out prompts, each with its standard error over prompts (name_se).
+
+    scores: B rows for (response, start's response, data's chosen, data's rejected); responses: B
+    samples; *_logps: B rows for (chosen, rejected, response). preference_accuracy: how often the
+    implicit reward log(pi / pi_start) prefers the data's chosen. logratio_to_start: the same of the
+    policy's own response; at temperature 1 its mean estimates KL(pi || pi_start), greedy it does not.
+    """
+    logratios = [[p - q for p, q in zip(*rows)] for rows in zip(policy_logps, start_logps)]
+    row = {"prompts": len(scores)}
+    for name, values in {
+            "score": [s[0] for s in scores],
+            "win_rate": [half_for_ties(s[0], s[1]) for s in scores],
+            "preference_accuracy": [half_for_ties(r[0], r[1]) for r in logratios],
+            "logratio_to_start": [r[2] for r in logratios],
+            "response_tokens": [float(len(sample["ids"])) for sample in responses],
+            "finished": [float(sample["finished"]) for sample in responses]}.items():
+        row[name] = statistics.fmean(values)
+        row[f"{name}_se"] = (statistics.stdev(values) / math.sqrt(len(values))
+                             if len(values) > 1 else 0.0)
+    return row
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. After each iteration
 # ----------------------------------------------------------------------------------------------
 
 
@@ -118,7 +182,7 @@ def warnings_of(folder, iteration, counts, steps, evals):
 
 
 # ----------------------------------------------------------------------------------------------
-# 2. At the end
+# 3. At the end
 # ----------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@
             word is poor (0.1). That leaves the headroom that makes the loop's gain plain to see;
             it also means that pushing down what the model says by habit is RIGHT here, which suits
             the optimism term. So a higher reward with alpha > 0 in this world proves little.
+            "neutral": the same, but the commonest word is average (0.5): less headroom, no favour.
             "rare": the best words are those that the base model hardly ever says; an ablation.
 
 What it is for: the loop runs in a second, through the same door as a real model (a Hugging Face
@@ -55,9 +56,9 @@ FAMILIES = {
 ADJECTIVES = ("sly swift brave calm fierce gentle clever loud quiet proud shy bold graceful clumsy "
               "lazy eager wild tame noble playful patient stubborn hungry lonely").split()
 FAMILY_OF = {animal: family for family, animals in FAMILIES.items() for animal in animals}
-VARIANTS = ("default", "rare")
+VARIANTS = ("default", "neutral", "rare")
 RANK_EXPONENT = 1.6
-COMMONEST_TASTE = 0.1  # of the default variant; the higher, the less there is to gain
+COMMONEST_TASTE = {"default": 0.1, "neutral": 0.5}  # the higher, the less there is to gain
 GOOD_REWARD = 0.75  # `share_good` counts the replies above it
 
 SFT_STEPS, SFT_BATCH, SFT_LR = 400, 32, 5e-3
@@ -76,12 +77,12 @@ def tastes(variant, family):
         raise ValueError(f"toy variant '{variant}' is unknown; there are {', '.join(VARIANTS)}")
     ranked, words = ranked_adjectives(family), len(ADJECTIVES)
     # Values are distinct where they can be: equal rewards would give no preference.
-    if variant == "default":
+    if variant in COMMONEST_TASTE:
         order, pairs = list(FAMILIES).index(family), words // 2
         rng = random.Random(f"taste {family}")
         bad = rng.sample([0.25 * i / (pairs - 1) for i in range(pairs)], pairs)
         good = rng.sample([1 - taste for taste in bad], pairs)
-        values = [COMMONEST_TASTE]
+        values = [COMMONEST_TASTE[variant]]
         for i in range(pairs):  # ranks 2 and 3, 4 and 5, ...; 25 does not exist
             values += [good[i], bad[i]] if (i + order) % 2 else [bad[i], good[i]]
     else:

