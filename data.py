@@ -1,4 +1,4 @@
-"""Preference records, chat rendering, tokenising, iteration portions, and packing into micro-batches.
+"""Preference records, chat rendering, tokenising, iteration portions, packing into micro-batches.
 
 One row a prompt. A prompt x and its K distinct responses form a tree, laid out in one line:
 
@@ -68,7 +68,8 @@ def parse_record(row, where):
             prompt = [{"role": "user", "content": prompt}]
     if not (isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict)
             and prompt[-1].get("role") == "user"):
-        raise ValueError(f"{where}: no field 'prompt' that is a string or messages ending with the user's")
+        raise ValueError(f"{where}: no field 'prompt' that is a string or messages ending with "
+                         "the user's")
     prompt_id = row.get("prompt_id") or hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
     return {"prompt_id": str(prompt_id), "prompt": prompt, **responses}
 
@@ -81,7 +82,8 @@ def read_jsonl(path):
                 try:
                     yield number, json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+                    raise ValueError(
+                        f"{path}, line {number}: not valid JSON ({error.msg})") from None
 
 
 def load_records(source, split="train_prefs"):
@@ -92,7 +94,8 @@ def load_records(source, split="train_prefs"):
     if str(source).endswith((".jsonl", ".json")) or Path(source).exists():
         if not Path(source).is_file():
             raise ValueError(f"--data {source}: no such file")
-        records = [parse_record(row, f"{source}, line {number}") for number, row in read_jsonl(source)]
+        records = [parse_record(row, f"{source}, line {number}")
+                   for number, row in read_jsonl(source)]
     else:
         import datasets  # slow to import, and most runs do not need it
         try:
@@ -110,7 +113,8 @@ def split_portions(records, portions, limit=None, seed=0):
     """`portions` disjoint lists of equal length (at most `limit` each), shuffled by `seed`."""
     size = min(len(records) // portions, limit or len(records))
     if size == 0:
-        raise ValueError(f"{len(records)} preference rows cannot be split into {portions} iterations")
+        raise ValueError(f"{len(records)} preference rows cannot be split into {portions} "
+                         "iterations")
     shuffled = random.Random(seed).sample(records, len(records))
     return [shuffled[i * size:(i + 1) * size] for i in range(portions)]
 
@@ -140,7 +144,8 @@ def load_tokenizer(path, chat_template=None):
     path = str(path)
     gguf = {"gguf_file": os.path.basename(path)} if path.endswith(".gguf") else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(os.path.dirname(path) or "." if gguf else path, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(
+            os.path.dirname(path) or "." if gguf else path, **gguf)
     except Exception as error:
         raise ValueError(f"--model {path}: no tokenizer could be loaded "
                          f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
@@ -149,8 +154,8 @@ def load_tokenizer(path, chat_template=None):
             raise ValueError(f"--chat-template {chat_template}: no such file")
         tokenizer.chat_template = Path(chat_template).read_text()
     if not tokenizer.chat_template:
-        raise ValueError(f"--model {path}: its tokenizer has no chat template; it may be a base model."
-                         " Pass one with --chat-template FILE (Jinja)")
+        raise ValueError(f"--model {path}: its tokenizer has no chat template; it may be a base "
+                         "model. Pass one with --chat-template FILE (Jinja)")
     return tokenizer
 
 
@@ -172,7 +177,8 @@ class ChatFormat:
         if self.end_id is None or (end_ids and self.end_id not in tokenizer.all_special_ids
                                    and self.end_id not in tokenizer.added_tokens_decoder):
             raise ValueError("the chat template does not close the assistant's turn with a special "
-                             "token, and without one no response can end; fix it with --chat-template")
+                             "token, and without one no response can end; fix it with "
+                             "--chat-template")
         self.lead = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
         self.lead_ids = tokenizer(self.lead, add_special_tokens=False)["input_ids"]
 
@@ -202,7 +208,7 @@ class ChatFormat:
             ids = ids[len(self.lead_ids):]
         else:  # a token grew across the border (text that starts with a newline): by itself, then
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self.end_id in ids:  # a text that quotes the end token would end there for the policy too
+        if self.end_id in ids:  # the policy's own text would end at a quoted end token too
             ids = ids[:ids.index(self.end_id)]
         return ids + [self.end_id]
 
@@ -278,7 +284,8 @@ def pack(trees):
     r = 0
     for tree in trees:
         prompt_start, p = len(ids), len(tree.prompt_ids)
-        assert p > 0 and all(tree.responses), "an empty prompt or response has nothing to predict from"
+        assert p > 0 and all(tree.responses), (
+            "an empty prompt or response has nothing to predict from")
         layout.append((prompt_start, p, [len(response) for response in tree.responses]))
         ids += tree.prompt_ids
         positions += range(p)
@@ -297,7 +304,7 @@ def pack(trees):
 
 
 def pad(trees):
-    """Trees -> plain MicroBatch: one row a response, right-padded. For --plain-rows and as oracle."""
+    """Trees -> plain MicroBatch: a row a response, right-padded. For --plain-rows and tests."""
     rows = [(tree.prompt_ids, response) for tree in trees for response in tree.responses]
     width = max(len(p) + len(r) for p, r in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)

@@ -60,7 +60,8 @@ class TreeLayout:
                 tree += [t] * n
                 segment += [s] * n
                 position += range(n) if s == 0 else range(p, p + n)
-        tree, segment, position = (torch.tensor(x, device=device) for x in (tree, segment, position))
+        tree, segment, position = (
+            torch.tensor(x, device=device) for x in (tree, segment, position))  # (T,) each
 
         def may_see(b, h, q, k):
             same_branch = (segment[k] == 0) | (segment[k] == segment[q])
@@ -236,9 +237,10 @@ def self_check(policy, pack, trees):
     expected = []
     for tree in trees:
         for response in tree.responses:
+            n = len(response)
             ids = torch.tensor([tree.prompt_ids + response], device=device)
-            lm_logits = policy.causal_lm(ids, use_cache=False).logits[0, -len(response) - 1:-1].float()
-            expected.append(lm_logits.log_softmax(-1).gather(1, ids[0, -len(response):, None]).sum())
+            lm_logits = policy.causal_lm(ids, use_cache=False).logits[0, -n - 1:-1].float()
+            expected.append(lm_logits.log_softmax(-1).gather(1, ids[0, -n:, None]).sum())
     expected = torch.stack(expected)
     try:
         got = policy(pack(trees).to(device))
@@ -252,7 +254,8 @@ def self_check(policy, pack, trees):
     tolerance = longest * (1e-4 if next(policy.parameters()).dtype == torch.float32 else 0.05)
     if not error <= tolerance:  # also catches NaN
         raise ValueError(f"{type(policy.causal_lm).__name__}: packed and plain log-probs differ by "
-                         f"{error:.2g} nats (at most {tolerance:.2g} is rounding); use --plain-rows")
+                         f"{error:.2g} nats (at most {tolerance:.2g} is rounding); "
+                         "use --plain-rows")
     return error
 
 
@@ -264,8 +267,8 @@ def self_check(policy, pack, trees):
 def add_lora(model, rank):
     """LoRA (arXiv 2106.09685) on every linear layer but the head; scale alpha / rank = 2."""
     from peft import LoraConfig, get_peft_model
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
-                                            task_type="CAUSAL_LM"))
+    return get_peft_model(model, LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 def shard(policy):
@@ -291,7 +294,8 @@ def save_policy(policy, tokenizer, folder):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     folder, temporary = Path(folder), Path(f"{folder}.tmp")
     distributed = any(hasattr(p, "full_tensor") for p in policy.parameters())  # DTensors
-    model = policy.model.merge_and_unload() if hasattr(policy.model, "merge_and_unload") else policy.model
+    model = (policy.model.merge_and_unload() if hasattr(policy.model, "merge_and_unload")
+             else policy.model)
     state = None
     if distributed:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

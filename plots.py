@@ -36,8 +36,10 @@ def grid(panels):
 
 
 def save(figure, axes, path, title):
-    handles = {h.get_label(): h for axis in axes.values() for h in axis.get_legend_handles_labels()[0]}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=4, fontsize=8, frameon=False)
+    handles = {h.get_label(): h for axis in axes.values()
+               for h in axis.get_legend_handles_labels()[0]}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=4, fontsize=8,
+                  frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,8 @@ def draw_evaluation(runs, path):
         by_arm.setdefault(name, []).append({r["iteration"]: r for r in rows_of(folder, "eval")})
     rows = [row for curves in by_arm.values() for curve in curves for row in curve.values()]
     toy = any("true_reward" in row for row in rows)
-    wanted = (("true_reward", "true_share_good", "win_rate", "true_coverage", "true_entropy", "true_kl") if toy else
+    wanted = (("true_reward", "true_share_good", "win_rate",
+               "true_coverage", "true_entropy", "true_kl") if toy else
               ("score", "win_rate", "preference_accuracy", "response_tokens", "logratio_to_start"))
     panels = {c: EVAL_COLUMNS[c] for c in wanted if rows and all(c in row for row in rows)}
     if not panels:
@@ -91,7 +94,8 @@ def draw_training(runs, path):
         axis.set_xlabel("update", fontsize=8)
         for border in borders:
             axis.axvline(border - 0.5, color="grey", linewidth=0.6, linestyle=":")
-    return save(figure, axes, path, "Training: one line a seed; dotted: a new iteration, a new reference")
+    return save(figure, axes, path,
+                "Training: one line a seed; dotted: a new iteration, a new reference")
 
 
 def draw_all(runs, folder):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data import read_jsonl, write_text
 
-# Quantiles of Student's t for 95 % intervals, by degrees of freedom; beyond the table, the normal's.
+# Student's t for 95 % intervals, by degrees of freedom; beyond the table, the normal's quantile.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23}
 
 # name in metrics.jsonl -> heading. The toy's come last: a real run cannot know them.
@@ -64,7 +64,8 @@ def plan(args, prompts, source):
         lines.append(
             f"{k:<10} {portion or '?':<8} {portion * n if portion else '?':<8} "
             f"{0 if offline else args.alpha:<7g} {lr:<8g} {updates or '?':<8} "
-            f"{math.ceil(0.1 * updates) if updates else '?':<8} {portion * longest if portion else '?'}"
+            f"{math.ceil(0.1 * updates) if updates else '?':<8} "
+            f"{portion * longest if portion else '?'}"
             + ("   offline DPO on the data's own pairs" if offline else ""))
     return "\n".join(lines + [
         "", f"batch   {args.batch_size} prompts an update, in micro-batches of "
@@ -86,8 +87,9 @@ def evaluation(scores, responses, policy_logps, start_logps):
 
     scores: B rows for (response, start's response, data's chosen, data's rejected); responses: B
     samples; *_logps: B rows for (chosen, rejected, response). preference_accuracy: how often the
-    implicit reward log(pi / pi_start) prefers the data's chosen. logratio_to_start: the same of the
-    policy's own response; at temperature 1 its mean estimates KL(pi || pi_start), greedy it does not.
+    implicit reward log(pi / pi_start) prefers the data's chosen. logratio_to_start: the same reward
+    of the policy's own response; sampled at temperature 1, its mean estimates KL(pi || pi_start);
+    greedy, it does not.
     """
     logratios = [[p - q for p, q in zip(*rows)] for rows in zip(policy_logps, start_logps)]
     row = {"prompts": len(scores)}
@@ -147,7 +149,8 @@ def summary(folder, iteration):
             if name in row and not (name == "score" and "true_reward" in row):
                 line += f" | {name.replace('_', ' ')} {row[name]:.3g}"
                 line += f" (was {before[name]:.3g})" if name in before else ""
-    return [line] + [f"  warning: {text}" for text in warnings_of(folder, iteration, counts, steps, evals)]
+    return [line] + [f"  warning: {text}"
+                     for text in warnings_of(folder, iteration, counts, steps, evals)]
 
 
 def warnings_of(folder, iteration, counts, steps, evals):
@@ -156,29 +159,31 @@ def warnings_of(folder, iteration, counts, steps, evals):
     mean = lambda name: sum(r.get(name, 0.0) for r in tail) / len(tail)  # noqa: E731
     tokens = max(1.0, counts["mean_tokens"])
     if mean("sampled_logratio") / tokens < -0.5 and mean("accuracy") < 0.6:
-        yield (f"optimism is too strong: the log-ratio of y fell to {mean('sampled_logratio'):.1f} nats "
-               f"while the accuracy is {mean('accuracy'):.2f}; lower --alpha")
+        yield ("optimism is too strong: the log-ratio of y fell to "
+               f"{mean('sampled_logratio'):.1f} nats while the accuracy is "
+               f"{mean('accuracy'):.2f}; lower --alpha")
     if counts["samples"] and counts["unfinished"] > 0.3 * counts["samples"]:
-        yield (f"{counts['unfinished'] / counts['samples']:.0%} of the samples hit the length limit; "
-               "raise --max-new-tokens, or, if it grew with the iterations, lower --alpha or --lr")
+        yield (f"{counts['unfinished'] / counts['samples']:.0%} of the samples hit the length "
+               "limit; raise --max-new-tokens, or, if it grew with the iterations, lower --alpha "
+               "or --lr")
     if abs(evals.get(iteration, {}).get("logratio_to_start", 0.0)) / tokens > 2.0:
-        yield (f"the policy is {evals[iteration]['logratio_to_start']:.0f} nats from the start on its "
-               "own responses; raise --beta, lower --lr, or try --reference initial")
+        yield (f"the policy is {evals[iteration]['logratio_to_start']:.0f} nats from the start on "
+               "its own responses; raise --beta, lower --lr, or try --reference initial")
     equal = counts["drops"].get("best and worst are equal", 0)
     if equal > 0.5 * counts["prompts"]:
-        yield (f"{equal / counts['prompts']:.0%} of the examples were dropped because all candidates "
-               "are equal; try --temperature 1 or a finer ranker")
+        yield (f"{equal / counts['prompts']:.0%} of the examples were dropped because all "
+               "candidates are equal; try --temperature 1 or a finer ranker")
     if not (Path(folder) / f"iter_{iteration - 1}" / "pairs.jsonl").exists():
         return
     before = pair_counts(folder, iteration - 1)
     if before["samples"] and counts["mean_tokens"] > 1.3 * before["mean_tokens"]:
-        yield (f"samples grow longer, {before['mean_tokens']:.0f} -> {counts['mean_tokens']:.0f} tokens; "
-               "judges like length: try --length-penalty")
+        yield (f"samples grow longer, {before['mean_tokens']:.0f} -> "
+               f"{counts['mean_tokens']:.0f} tokens; judges like length: try --length-penalty")
     shared = counts["texts"].keys() & before["texts"].keys()
     same = sum(counts["texts"][p] == before["texts"][p] for p in shared)
     if shared and same > 0.9 * len(shared):
-        yield (f"{same / len(shared):.0%} of the samples are those of the last iteration: the policy is "
-               "stuck; raise --lr or lower --beta")
+        yield (f"{same / len(shared):.0%} of the samples are those of the last iteration: the "
+               "policy is stuck; raise --lr or lower --beta")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -200,11 +205,13 @@ def table(runs):
         return "No evaluation was run (--eval-prompts 0)."
     columns = [c for c in EVAL_COLUMNS if all(c in r for rows in values.values() for r in rows)]
     if "true_reward" in columns:  # the toy's judge IS the true reward: no need to say it twice
-        columns = [c for c in columns if c not in ("score", "preference_accuracy", "response_tokens")]
+        columns = [c for c in columns
+                   if c not in ("score", "preference_accuracy", "response_tokens")]
     lines = ["| arm | iteration | " + " | ".join(EVAL_COLUMNS[c] for c in columns) + " |",
              "|" + "---|" * (len(columns) + 2)]
     first = min(iteration for _, iteration in values)
-    for (name, iteration), rows in sorted(values.items(), key=lambda item: (item[0][1], item[0][0])):
+    by_iteration = sorted(values.items(), key=lambda item: (item[0][1], item[0][0]))
+    for (name, iteration), rows in by_iteration:
         if iteration == first and name != runs[0][0]:
             continue  # all arms start from the same policy
         cells = []
@@ -216,8 +223,8 @@ def table(runs):
         arm = "start" if iteration == first else name
         lines.append(f"| {arm} | {iteration} | " + " | ".join(cells) + " |")
     seeds = max(map(len, values.values()))
-    lines.append(f"\n± is the half width of the 95 % interval over {seeds} seeds." if seeds > 1 else
-                 "\n± is the half width of the 95 % interval over the evaluation prompts; one seed.")
+    lines.append("\n± is the half width of the 95 % interval over "
+                 + (f"{seeds} seeds." if seeds > 1 else "the evaluation prompts; one seed."))
     return "\n".join(lines)
 
 

@@ -4,7 +4,8 @@ Self-Exploring Language Models (SELM), arXiv 2405.19332 v3. The derivation:
 
   1. Bradley-Terry: P(y_w beats y_l | x) = sigmoid(r(x, y_w) - r(x, y_l)); L(r; D) is its negative
      log-likelihood on the preferences D seen so far. Many rewards fit D about equally well.
-  2. Among them, prefer the one that promises most somewhere the policy may still go (bilevel objective):
+  2. Among them, prefer the one that promises most somewhere the policy may still go (a bilevel
+     objective):
          max_r  -L(r; D) + alpha * max_pi { E[r(x, y) - r(x, y')] - beta * KL(pi || pi_ref) }
      with y ~ pi, y' ~ pi_ref: a reward is optimistic where a better answer than y' could hide.
   3. For a fixed r the inner maximum is the usual KL-regularised one: its solution is
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 
 
 def textbook_token_logps(hidden, weight, targets, bias=None, softcap=None):
-    """What `token_logps` computes, in five lines that hold (N, V) tensors. For tests and readers."""
+    """What `token_logps` computes, in four lines with (N, V) tensors. For tests and readers."""
     lm_logits = F.linear(hidden, weight, bias).float()  # (N, V)
     if softcap is not None:
         lm_logits = softcap * torch.tanh(lm_logits / softcap)
@@ -96,7 +97,8 @@ class _TokenLogps(torch.autograd.Function):
             compute_weight = weight.to(compute_dtype)
             logsumexps, target_logits = [], []
             for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens)):
-                lm_logits = _TokenLogps._lm_logits(h.to(compute_dtype), compute_weight, bias, softcap)
+                lm_logits = _TokenLogps._lm_logits(
+                    h.to(compute_dtype), compute_weight, bias, softcap)  # (chunk, V)
                 target_logits.append(lm_logits.gather(1, t[:, None]).squeeze(1))
                 largest = lm_logits.amax(1, keepdim=True)  # torch.logsumexp, but in place
                 exp_sum = lm_logits.sub_(largest).exp_().sum(1)
@@ -117,7 +119,8 @@ class _TokenLogps(torch.autograd.Function):
         sum_dtype = logsumexp.dtype
         compute_weight = weight.to(compute_dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # One accumulator for all chunks: a (V, H) temporary a chunk would cost more than the logits.
+        # One accumulator for all chunks. addmm_ adds to it in place, as a (V, H) temporary a chunk
+        # costs more than the chunk's logits; only a sum wider than its inputs (bf16) needs one.
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if need_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
@@ -140,8 +143,10 @@ class _TokenLogps(torch.autograd.Function):
                     grad_weight.addmm_(grad_logits.t(), h)
                 elif need_weight:
                     grad_weight += _matmul_fp32(grad_logits.t(), h)
-        return (grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
-                grad_bias if grad_bias is None else grad_bias.to(bias.dtype), None, None, None, None)
+        return (grad_hidden,
+                grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
+                grad_bias if grad_bias is None else grad_bias.to(bias.dtype),
+                None, None, None, None)
 
 
 def response_logps(token_logps, response_index, responses):
@@ -158,10 +163,12 @@ def response_logps(token_logps, response_index, responses):
 # ----------------------------------------------------------------------------------------------
 
 
-def dpo_losses(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+def dpo_losses(policy_chosen_logps, policy_rejected_logps,
+               ref_chosen_logps, ref_rejected_logps, beta):
     """The DPO loss of each pair, (B,) tensors in and out. arXiv 2305.18290, Eq. 7.
 
-    losses = -log sigmoid(beta * (policy_logratios - ref_logratios)); ln 2 where policy == reference.
+    losses = -log sigmoid(beta * (policy_logratios - ref_logratios)); ln 2 where policy and
+    reference agree.
     """
     policy_logratios = policy_chosen_logps - policy_rejected_logps  # (B,)
     ref_logratios = ref_chosen_logps - ref_rejected_logps  # (B,)
@@ -195,7 +202,8 @@ def selm_loss(policy_chosen_logps, policy_rejected_logps, policy_sampled_logps,
         metrics["sampled_logratio"] = sampled_logratios
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)  # implicit
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
-    metrics |= {"loss": losses, "chosen_reward": chosen_rewards, "rejected_reward": rejected_rewards,
+    metrics |= {"loss": losses,
+                "chosen_reward": chosen_rewards, "rejected_reward": rejected_rewards,
                 "margin": chosen_rewards - rejected_rewards,
                 # A tie is half right: at step 0 the accuracy is 0.5, not 0.
                 "accuracy": (chosen_rewards > rejected_rewards).float()

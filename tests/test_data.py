@@ -8,14 +8,16 @@ import torch
 import data
 from conftest import END_TOKENS, TEMPLATES, make_tokenizer
 
-CHAT = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "how are you?"},
+CHAT = [{"role": "user", "content": "hello there"},
+        {"role": "assistant", "content": "how are you?"},
         {"role": "user", "content": "the cat sat"}]
 
 
 def row(**changes):
     chosen = CHAT + [{"role": "assistant", "content": "on the mat"}]
     rejected = CHAT + [{"role": "assistant", "content": "at the moon"}]
-    return {"prompt": "the cat sat", "prompt_id": "7", "chosen": chosen, "rejected": rejected} | changes
+    return {"prompt": "the cat sat", "prompt_id": "7",
+            "chosen": chosen, "rejected": rejected} | changes
 
 
 # ----------------------------------------------------------------------------------------------
@@ -26,7 +28,8 @@ def row(**changes):
 def test_only_the_last_assistant_turn_of_a_long_conversation_is_the_response():
     """Training on the earlier assistant turns, which chosen and rejected share."""
     record = data.parse_record(row(), "x")
-    assert record == {"prompt_id": "7", "prompt": CHAT, "chosen": "on the mat", "rejected": "at the moon"}
+    assert record == {"prompt_id": "7", "prompt": CHAT,
+                      "chosen": "on the mat", "rejected": "at the moon"}
 
 
 @pytest.mark.parametrize("broken, words", [
@@ -70,7 +73,8 @@ def test_portions_are_disjoint_of_equal_size_and_repeat_with_the_seed():
     portions = data.split_portions(records, 3, seed=5)
     ids = [r["prompt_id"] for portion in portions for r in portion]
     assert [len(p) for p in portions] == [33, 33, 33] and len(set(ids)) == 99
-    assert data.split_portions(records, 3, seed=5) == portions != data.split_portions(records, 3, seed=6)
+    assert data.split_portions(records, 3, seed=5) == portions
+    assert data.split_portions(records, 3, seed=6) != portions
     assert [len(p) for p in data.split_portions(records, 3, limit=10)] == [10, 10, 10]
     with pytest.raises(ValueError, match="cannot be split"):
         data.split_portions(records[:2], 3)
@@ -113,7 +117,8 @@ def test_a_prompt_has_exactly_the_bos_of_its_template_and_ends_with_the_header(c
     assert chat.tokenizer.decode(ids) == text
     assert ids.count(chat.tokenizer.bos_token_id) == text.count("<s>")
     assert ids.count(chat.tokenizer.bos_token_id) == (chat.tokenizer.style in ("llama3", "phi3"))
-    assert text.rstrip("\n").endswith(("assistant|>", "assistant<|end_header_id|>", "<|im_start|>assistant"))
+    assert text.rstrip("\n").endswith(
+        ("assistant|>", "assistant<|end_header_id|>", "<|im_start|>assistant"))
 
 
 def test_prompt_plus_response_is_the_rendered_conversation(chat):
@@ -142,14 +147,17 @@ def test_sentencepiece_puts_no_space_that_the_policy_would_never_sample():
     policy says 'Hello'; the data's responses look unlikely by their first token alone."""
     from tokenizers import Tokenizer, models, normalizers
     from transformers import PreTrainedTokenizerFast
-    pieces = ["<unk>", "<s>", "</s>", "▁", "\n", "Hello", "▁Hello", "▁<|assistant|>", "<|user|>", "x"]
+    pieces = ["<unk>", "<s>", "</s>", "▁", "\n", "Hello", "▁Hello", "▁<|assistant|>", "<|user|>",
+              "x"]
     core = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>"))
     core = Tokenizer(models.Unigram([(p, -1.0 if p != "<unk>" else 0.0) for p in pieces], 0))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
                                         unk_token="<unk>", chat_template=TEMPLATES["zephyr"])
     chat = data.ChatFormat(tokenizer)
-    assert tokenizer.convert_ids_to_tokens(tokenizer("Hello", add_special_tokens=False)["input_ids"]) == ["▁Hello"]
+    by_itself = tokenizer("Hello", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(by_itself) == ["▁Hello"]
     assert tokenizer.convert_ids_to_tokens(chat.response_ids("Hello")) == ["Hello", "</s>"]
 
 
@@ -230,7 +238,8 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     """A half-written phase file that the resumed run takes for a finished one."""
     path = tmp_path / "x.jsonl"
     data.write_jsonl(path, [{"a": 1}])
-    monkeypatch.setattr(data.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        data.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError):
         data.write_jsonl(path, [{"a": 2}] * 1000)
     assert [r for _, r in data.read_jsonl(path)] == [{"a": 1}]

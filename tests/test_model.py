@@ -53,11 +53,12 @@ def test_packed_log_probs_and_gradients_equal_one_by_one_forwards(architecture):
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_the_self_check_passes_where_packing_is_exact(architecture):
     """A self-check that cries wolf."""
-    assert policies.self_check(policies.Policy(make_model(architecture)), data.pack, make_trees()) < 1e-4
+    policy = policies.Policy(make_model(architecture))
+    assert policies.self_check(policy, data.pack, make_trees()) < 1e-4
 
 
 def test_the_self_check_stops_an_architecture_that_ignores_position_ids():
-    """Wrong log-probs without a sign: here a model whose positions run on through the packed line."""
+    """Wrong log-probs without a sign: here a model whose positions run on through the line."""
     policy = policies.Policy(make_model("llama"))
     forward = policy.backbone.forward
     policy.backbone.forward = lambda *a, **k: forward(*a, **{**k, "position_ids": None})
@@ -174,7 +175,8 @@ def test_lora_trains_adapters_only_and_saves_a_merged_plain_model(tmp_path):
     policy = policies.Policy(copy.deepcopy(base), checkpointing=True, lora_rank=4)
     assert torch.equal(policy(data.pack(make_trees())), expected)
     trained = [n for n, p in policy.named_parameters() if p.requires_grad]
-    assert trained and all("lora" in n for n in trained) and not any("lm_head" in n for n in trained)
+    assert trained and all("lora" in n for n in trained)
+    assert not any("lm_head" in n for n in trained)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
         policy(data.pack(make_trees())).sum().backward()
@@ -195,7 +197,8 @@ def test_a_saved_policy_loads_in_plain_transformers_and_generates(tmp_path):
     assert tokenizer.chat_template and not (tmp_path / "policy.tmp").exists()
     torch.testing.assert_close(plain_logps(loaded, make_trees()), policy(data.pack(make_trees())),
                                atol=1e-4, rtol=1e-5)
-    assert loaded.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
+    generated = loaded.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)
+    assert generated.shape == (1, 5)
 
 
 def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path):
@@ -220,7 +223,8 @@ for step in range(3):
     trees = make_trees(step)[dist.get_rank()::2] if step < 2 else make_trees(step)[:1]
     loss = policy(data.pack(trees)).sum() * dist.get_world_size()
     loss.backward(); optimizer.step(); optimizer.zero_grad()
-    total = loss.detach() / dist.get_world_size(); dist.all_reduce(total); losses.append(total.item())
+    total = loss.detach() / dist.get_world_size()
+    dist.all_reduce(total); losses.append(total.item())
 policies.save_policy(policy, __import__("conftest").make_tokenizer(), {folder!r})
 if dist.get_rank() == 0: print("LOSSES", *losses)
 dist.destroy_process_group()
@@ -228,12 +232,12 @@ dist.destroy_process_group()
 
 
 def test_two_sharded_processes_train_to_the_losses_and_weights_of_one(tmp_path):
-    """A head weight that is read while it is sharded; gradients averaged where they must be summed."""
+    """A head weight read while it is sharded; gradients averaged where they must be summed."""
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED.format(root=str(ROOT), folder=str(tmp_path / "policy")))
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517",
-         str(script)], capture_output=True, text=True, timeout=240)
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "--master-port", "29517", str(script)], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-2000:]
     got = [float(x) for x in result.stdout.split("LOSSES")[1].split()]
     policy = policies.Policy(make_model("llama"))

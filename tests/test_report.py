@@ -28,10 +28,10 @@ def make_run(folder, iteration=1, tokens=10, finished=True, equal=0, accuracy=0.
         "chosen": 2 if i % 2 else 0, "rejected": 1, "sampled": [2]} for i in range(10)])
     old = [r for _, r in data.read_jsonl(folder / "metrics.jsonl")] if iteration > 1 else []
     data.write_jsonl(folder / "metrics.jsonl", old + [
-        {"iteration": iteration, "phase": "train", "step": s, "loss": 0.69 - s / 100, "dpo_loss": 0.6,
-         "accuracy": accuracy, "sampled_logratio": logratio, "margin": 0.1, "grad_norm": 1.0}
-        for s in range(5)] + [{"iteration": iteration, "phase": "eval", "score": 0.5, "score_se": 0.1,
-                               **(evals or {})}])
+        {"iteration": iteration, "phase": "train", "step": s, "loss": 0.69 - s / 100,
+         "dpo_loss": 0.6, "accuracy": accuracy, "sampled_logratio": logratio, "margin": 0.1,
+         "grad_norm": 1.0} for s in range(5)] + [
+        {"iteration": iteration, "phase": "eval", "score": 0.5, "score_se": 0.1, **(evals or {})}])
     return folder
 
 
@@ -96,8 +96,9 @@ def test_the_figures_are_drawn_again_from_the_files_alone(tmp_path):
     """A figure that needs the process that made the numbers."""
     run = make_run(tmp_path / "run", evals={"win_rate": 0.6})
     make_run(tmp_path / "run/baseline", evals={"win_rate": 0.5})
-    (run / "config.json").write_text(json.dumps({"settings": {"name": "x"}, "command": ["x"],
-                                                 "git_revision": None, "torch": "", "transformers": ""}))
+    (run / "config.json").write_text(json.dumps({
+        "settings": {"name": "x"}, "command": ["x"], "git_revision": None,
+        "torch": "", "transformers": ""}))
     result = subprocess.run([sys.executable, str(ROOT / "plots.py"), str(run)],
                             capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -105,5 +106,6 @@ def test_the_figures_are_drawn_again_from_the_files_alone(tmp_path):
         assert (run / "figures" / name).read_bytes()[:4] == b"\x89PNG"
     runs = plots.find_runs(run)
     assert runs == [("SELM", run), ("DPO", run / "baseline")]
-    assert report.write(runs, run / "report.md", [run / "figures/training.png"]) == report.table(runs)
+    text = report.write(runs, run / "report.md", [run / "figures/training.png"])
+    assert text == report.table(runs)
     assert "![training](figures/training.png)" in (run / "report.md").read_text()
