@@ -69,21 +69,30 @@ def token_logps(hidden, weight, targets, bias=None, softcap=None, chunk_tokens=2
     return _TokenLogps.apply(hidden, weight, bias, targets, softcap, compute_dtype, chunk_tokens)
 
 
-def _matmul_fp32(a, b):
-    """a @ b with products summed and returned in fp32, also for bf16 inputs (fp64 stays fp64)."""
+def _matmul_fp32(a, b, out=None):
+    """a @ b with products summed and returned in fp32, also for bf16 inputs (fp64 stays fp64).
+
+    out: a buffer to reuse. Fresh memory for every chunk of logits costs page faults on a CPU.
+    """
     if a.dtype in (torch.float32, torch.float64):
-        return a @ b
+        return torch.mm(a, b, out=out)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)  # tensor cores; only CUDA has out_dtype
-    return a.float() @ b.float()
+    return torch.mm(a.float(), b.float(), out=out)
 
 
 class _TokenLogps(torch.autograd.Function):
     """Chunked log-probs with a recomputing backward; `token_logps` is the front door."""
 
     @staticmethod
-    def _lm_logits(hidden_chunk, weight, bias, softcap):
-        lm_logits = _matmul_fp32(hidden_chunk, weight.t())  # (chunk, V)
+    def _buffer(hidden, weight, compute_dtype, chunk_tokens):
+        rows = min(len(hidden), chunk_tokens)
+        dtype = torch.promote_types(compute_dtype, torch.float32)
+        return hidden.new_empty(rows, len(weight), dtype=dtype)  # (chunk, V)
+
+    @staticmethod
+    def _lm_logits(hidden_chunk, weight, bias, softcap, buffer):
+        lm_logits = _matmul_fp32(hidden_chunk, weight.t(), out=buffer[:len(hidden_chunk)])
         if bias is not None:
             lm_logits += bias
         if softcap is not None:
@@ -96,14 +105,15 @@ class _TokenLogps(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             compute_weight = weight.to(compute_dtype)
             logsumexps, target_logits = [], []
+            buffer = _TokenLogps._buffer(hidden, weight, compute_dtype, chunk_tokens)
             for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens)):
                 lm_logits = _TokenLogps._lm_logits(
-                    h.to(compute_dtype), compute_weight, bias, softcap)  # (chunk, V)
+                    h.to(compute_dtype), compute_weight, bias, softcap, buffer)  # (chunk, V)
                 target_logits.append(lm_logits.gather(1, t[:, None]).squeeze(1))
                 largest = lm_logits.amax(1, keepdim=True)  # torch.logsumexp, but in place
                 exp_sum = lm_logits.sub_(largest).exp_().sum(1)
                 logsumexps.append(exp_sum.log_().add_(largest.squeeze(1)))
-            empty = hidden.new_zeros(0, dtype=torch.promote_types(compute_dtype, torch.float32))
+            empty = buffer.new_zeros(0)
             logsumexp = torch.cat([empty, *logsumexps])  # (N,)
             target_logits = torch.cat([empty, *target_logits])
         ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
@@ -123,11 +133,12 @@ class _TokenLogps(torch.autograd.Function):
         # costs more than the chunk's logits; only a sum wider than its inputs (bf16) needs one.
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if need_bias else None
+        buffer = _TokenLogps._buffer(hidden, weight, compute_dtype, chunk_tokens)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 h, g = hidden[rows].to(compute_dtype), grad_logps[rows, None].to(sum_dtype)
-                lm_logits = _TokenLogps._lm_logits(h, compute_weight, bias, softcap)
+                lm_logits = _TokenLogps._lm_logits(h, compute_weight, bias, softcap, buffer)
                 # The derivative of the cap needs the capped logits, which exp_ is about to destroy.
                 cap_slope = None if softcap is None else 1 - (lm_logits / softcap) ** 2
                 grad_logits = lm_logits.sub_(logsumexp[rows, None]).exp_().mul_(-g)  # (chunk, V)
