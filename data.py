@@ -106,7 +106,12 @@ def load_records(source, split="train_prefs"):
         records = [parse_record(row, f"{source}[{split}], row {i}") for i, row in enumerate(rows)]
     if not records:
         raise ValueError(f"--data {source}: no preference rows in it")
-    return list({record["prompt_id"]: record for record in records}.values())
+    unique = {}
+    for record in records:
+        unique.setdefault(record["prompt_id"], record)
+    if len(unique) < len(records):
+        print(f"{source}: {len(records) - len(unique)} rows repeat a prompt and were left out")
+    return list(unique.values())
 
 
 def split_portions(records, portions, limit=None, seed=0):
@@ -247,7 +252,7 @@ class MicroBatch:
     input_ids: torch.Tensor  # (rows, T)
     position_ids: torch.Tensor  # (rows, T)
     attention_mask: torch.Tensor  # (rows, T) for plain rows; None for packed ones
-    layout: list  # packed: a (prompt start, prompt length, [response lengths]) a tree; plain: None
+    layout: list  # packed: a (prompt length, [response lengths]) a tree; plain: None
     predicted_from: torch.Tensor  # (N,) index into the rows * T hidden states
     targets: torch.Tensor  # (N,)
     response_index: torch.Tensor  # (N,) in [0, R)
@@ -278,6 +283,20 @@ def plan_micro_batches(lengths, tokens_per_forward):
     return groups
 
 
+def plan_plain_rows(trees, tokens_per_forward):
+    """The same for padded rows: rows x widest row stays within the budget; sorted by width, so that
+    neighbours are of like length and little is padding."""
+    width = [len(tree.prompt_ids) + max(map(len, tree.responses)) for tree in trees]
+    groups, rows = [], 0
+    for i in sorted(range(len(trees)), key=lambda i: -width[i]):
+        rows += len(trees[i].responses)
+        if not groups or rows * width[groups[-1][0]] > tokens_per_forward:  # the first is the widest
+            groups.append([])
+            rows = len(trees[i].responses)
+        groups[-1].append(i)
+    return groups
+
+
 def pack(trees):
     """Trees -> one packed MicroBatch (see the picture in the header); R counts over all trees."""
     ids, positions, layout, predicted_from, targets, response_index = [], [], [], [], [], []
@@ -286,7 +305,7 @@ def pack(trees):
         prompt_start, p = len(ids), len(tree.prompt_ids)
         assert p > 0 and all(tree.responses), (
             "an empty prompt or response has nothing to predict from")
-        layout.append((prompt_start, p, [len(response) for response in tree.responses]))
+        layout.append((p, [len(response) for response in tree.responses]))
         ids += tree.prompt_ids
         positions += range(p)
         for response in tree.responses:

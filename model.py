@@ -18,6 +18,7 @@ Legend: R responses, T tokens of a micro-batch, N response tokens, V vocabulary,
 A attention heads, D size of one head.
 """
 
+import ctypes
 import os
 import shutil
 from contextlib import nullcontext
@@ -42,20 +43,20 @@ import selm
 class TreeLayout:
     """Where the trees of a packed line lie; travels through transformers' layers to the attention.
 
-    trees: a (start, prompt length, [response lengths]) for each, in order and without gaps.
+    trees: a (prompt length, [response lengths]) for each, in order and without gaps.
     use_flex: one FlexAttention call for the whole line, its BlockMask skipping what no token sees
     (CUDA, compiled); otherwise one call a response.
     """
 
     def __init__(self, trees, use_flex=False):
         self.trees, self.use_flex, self.block_masks = trees, use_flex, {}
-        self.segment_lengths = [n for _, p, responses in trees for n in (p, *responses)]
-        self.longest = max(p + max(responses) for _, p, responses in trees)
+        self.segment_lengths = [n for p, responses in trees for n in (p, *responses)]
+        self.longest = max(p + max(responses) for p, responses in trees)
 
     def mask_function(self, window, device):
         """(b, h, q, k) -> may token q see token k? FlexAttention's form; also the tests' oracle."""
         tree, segment, position = [], [], []
-        for t, (_, p, responses) in enumerate(self.trees):
+        for t, (p, responses) in enumerate(self.trees):
             for s, n in enumerate((p, *responses)):  # segment 0 is the prompt
                 tree += [t] * n
                 segment += [s] * n
@@ -77,6 +78,7 @@ class TreeLayout:
         return self.block_masks[window]
 
 
+@torch.compiler.disable  # --compile: dynamo would compile anew for every micro-batch's layout
 def tree_attention(module, query, key, value, attention_mask, tree_layout=None, scaling=None,
                    sliding_window=None, softcap=None, s_aux=None, **kwargs):
     """transformers' attention interface: query (1, A, T, D), key and value (1, A_kv, T, D) ->
@@ -97,7 +99,7 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
     # split, not slices: the backward of each slice would allocate and add a whole (A, T, D) tensor.
     pieces = zip(*(x.split(tree_layout.segment_lengths, dim=2) for x in (query, key, value)))
     outputs = []
-    for _, p, responses in tree_layout.trees:
+    for p, responses in tree_layout.trees:
         prompt = next(pieces)
         for i, n in enumerate(responses):
             # [prompt; response] is a plain causal sequence. The prompt's queries are computed again
@@ -149,8 +151,24 @@ def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
         for name in ("quantization_config", "_pre_quantization_dtype"):
             if hasattr(model.config, name):
                 delattr(model.config, name)
-    model.generation_config.cache_implementation = None
+    if not model.generation_config.do_sample:  # many hub models say "greedy, temperature 0.6", which
+        for name in ("temperature", "top_p", "top_k"):  # save_pretrained then refuses, after training
+            setattr(model.generation_config, name, None)
     return model.to(device).eval()
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed memory for the next micro-batch (CPU, Linux; elsewhere nothing).
+
+    By default it gives large blocks back to the system at once, and each activation of the next
+    layer is faulted in page by page again: several percent of a training step.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which keeps up to 2 GiB
 
 
 def load_config(path):
@@ -158,7 +176,8 @@ def load_config(path):
     path = str(path)
     gguf = {"gguf_file": os.path.basename(path)} if path.endswith(".gguf") else {}
     try:
-        return AutoConfig.from_pretrained(os.path.dirname(path) or "." if gguf else path, **gguf)
+        config = AutoConfig.from_pretrained(os.path.dirname(path) or "." if gguf else path, **gguf)
+        return config.get_text_config()
     except Exception as error:
         raise ValueError(f"--model {path}: no model configuration could be loaded "
                          f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
@@ -225,13 +244,15 @@ class Policy(nn.Module):
 
 
 @torch.no_grad()
-def self_check(policy, pack, trees):
-    """Compares packed log-probs with the model's own logits, one response at a time.
+def self_check(policy, make_batch, trees, packed=True):
+    """Compares our log-probs with the model's own logits, one response at a time.
 
     Some architectures ignore position_ids, mix tokens outside attention (Mamba) or scale their
-    logits; packed log-probs would then be wrong without a sign. ValueError says so. `trees`: a few
-    short ones. Runs in the weights' dtype, without autocast, before sharding.
+    logits (Granite, Cohere); log-probs would then be wrong without a sign. ValueError says so.
+    make_batch: data.pack, or data.pad for packed=False. `trees`: a few short ones. Runs in the weights' dtype,
+    without autocast, before sharding.
     """
+    advice = "use --plain-rows" if packed else "its head is not supported; see Policy.forward"
     autocast_dtype, policy.autocast_dtype = policy.autocast_dtype, None
     device = next(policy.parameters()).device
     expected = []
@@ -243,19 +264,18 @@ def self_check(policy, pack, trees):
             expected.append(lm_logits.log_softmax(-1).gather(1, ids[0, -n:, None]).sum())
     expected = torch.stack(expected)
     try:
-        got = policy(pack(trees).to(device))
+        got = policy(make_batch(trees).to(device))
         error = (got - expected).abs().max().item()
     except (ValueError, TypeError, AttributeError, RuntimeError) as reason:
-        raise ValueError(f"{type(policy.causal_lm).__name__} cannot run the packed forward pass "
-                         f"({str(reason).splitlines()[0]}); use --plain-rows") from None
+        raise ValueError(f"{type(policy.causal_lm).__name__} cannot run our forward pass "
+                         f"({str(reason).splitlines()[0]}); {advice}") from None
     finally:
         policy.autocast_dtype = autocast_dtype
     longest = max(len(response) for tree in trees for response in tree.responses)
     tolerance = longest * (1e-4 if next(policy.parameters()).dtype == torch.float32 else 0.05)
     if not error <= tolerance:  # also catches NaN
-        raise ValueError(f"{type(policy.causal_lm).__name__}: packed and plain log-probs differ by "
-                         f"{error:.2g} nats (at most {tolerance:.2g} is rounding); "
-                         "use --plain-rows")
+        raise ValueError(f"{type(policy.causal_lm).__name__}: our log-probs and the model's differ "
+                         f"by {error:.2g} nats (at most {tolerance:.2g} is rounding); {advice}")
     return error
 
 
@@ -271,7 +291,7 @@ def add_lora(model, rank):
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def shard(policy):
+def shard(policy, device="cpu"):
     """FSDP2 over all processes: each layer, then the rest (embedding, norm, head) as the root.
 
     The root is Policy, whose own forward reads the head's weight: it is whole exactly then.
@@ -279,11 +299,13 @@ def shard(policy):
     backward, policy.parameters() would be the whole tensors, and an optimiser made of them would
     train copies that nobody reads. Hence reshard_after_forward.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=policy.autocast_dtype, reduce_dtype=torch.float32)
     for layer in policy.layers:
-        fully_shard(layer, mp_policy=precision)
-    return fully_shard(policy, mp_policy=precision, reshard_after_forward=True)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
 
 def save_policy(policy, tokenizer, folder):
@@ -304,7 +326,7 @@ def save_policy(policy, tokenizer, folder):
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary, state_dict=state)
         tokenizer.save_pretrained(temporary)
-        for file in temporary.iterdir():
+        for file in filter(Path.is_file, temporary.rglob("*")):
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         shutil.rmtree(folder, ignore_errors=True)

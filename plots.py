@@ -5,6 +5,7 @@
 Test: pytest tests/test_report.py.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -110,9 +111,11 @@ def find_runs(run_dir):
     """[(arm name, folder)] of a run folder, its baseline and its other seeds."""
     folders = [Path(run_dir), *sorted(Path(run_dir).glob("seed_*"))]
     found = []
-    for folder in folders:
-        found += [("SELM", folder), ("DPO", folder / "baseline")]
-    return [(name, folder) for name, folder in found if (folder / "metrics.jsonl").exists()]
+    for folder in [f for main in folders for f in (main, main / "baseline")]:
+        if (folder / "metrics.jsonl").exists():
+            settings = json.loads((folder / "config.json").read_text())["settings"]
+            found.append(("SELM" if float(settings["alpha"]) > 0 else "DPO", folder))
+    return found
 
 
 if __name__ == "__main__":

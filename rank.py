@@ -447,15 +447,15 @@ def load_ranker(spec, *, device="cpu", length_penalty=0.0, tokenizer=None, oracl
     elif kind == "reward" and rest:
         model = RewardModel(rest, device)
         model.tokens_per_forward = tokens_per_forward
-        judge = _each_text_once(functools.partial(model.scores, progress=progress))
+        judge = _each_text_once(functools.partial(model.scores, progress=progress), math.inf)
     elif spec == "human":
         judge = HumanJudge(answers, seed).scores
     elif spec == "oracle":
         if oracle is None:
             raise ValueError(f"--ranker oracle: the oracle belongs to the toy world; use {SPECS}")
-        judge = _each_text_once(oracle)
+        judge = _each_text_once(oracle, progress=progress)
     elif match := re.fullmatch(r"(.+\.py):(\w+)", spec):
-        judge = _each_text_once(user_function(*match.groups()))
+        judge = _each_text_once(user_function(*match.groups()), progress=progress)
     else:
         raise ValueError(f"--ranker {spec}: not one of  {SPECS}")
     if length_penalty and tokenizer is None:
@@ -471,11 +471,17 @@ def load_ranker(spec, *, device="cpu", length_penalty=0.0, tokenizer=None, oracl
     return ranker
 
 
-def _each_text_once(judge):
-    """Shows the judge distinct texts only: even a judge with moods scores identical texts alike."""
+def _each_text_once(judge, prompts_a_call=64, progress=False):
+    """Shows the judge distinct texts only: even a judge with moods scores identical texts alike.
+    Calls it for some prompts at a time, or a slow one would show no progress for hours."""
     def ranker(prompts, candidates):
         texts, places = [[pair[k] for pair in map(distinct, candidates)] for k in (0, 1)]
-        scores = check_scores(judge(prompts, texts), texts)
+        scores, size = [], min(prompts_a_call, max(1, len(prompts)))
+        with tqdm(total=len(prompts), desc="rank", unit="prompt", disable=not progress) as bar:
+            for start in range(0, len(prompts), size):
+                part = texts[start:start + size]
+                scores += check_scores(judge(prompts[start:start + size], part), part)
+                bar.update(len(part))
         return [[row[i] for i in place] for row, place in zip(scores, places)]
     return ranker
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from data import read_jsonl, write_text
 
 # Student's t for 95 % intervals, by degrees of freedom; beyond the table, the normal's quantile.
-T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23}
+T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23,
+        11: 2.20, 12: 2.18, 13: 2.16, 14: 2.14, 15: 2.13, 19: 2.09, 29: 2.05}
 
 # name in metrics.jsonl -> heading. The toy's come last: a real run cannot know them.
 EVAL_COLUMNS = {
@@ -38,7 +39,7 @@ def mean_interval(values):
     if len(values) < 2:
         return mean, math.nan
     variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return mean, T_95.get(len(values) - 1, 1.96) * math.sqrt(variance / len(values))
+    return mean, T_95[max(df for df in T_95 if df < len(values))] * math.sqrt(variance / len(values))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -82,11 +83,11 @@ def half_for_ties(a, b):
     return 1.0 if a > b else 0.5 if a == b else 0.0
 
 
-def evaluation(scores, responses, policy_logps, start_logps):
+def evaluation(scores, duels, responses, policy_logps, start_logps):
     """Metrics of held-out prompts, each with its standard error over prompts (name_se).
 
-    scores: B rows for (response, start's response, data's chosen, data's rejected); responses: B
-    samples; *_logps: B rows for (chosen, rejected, response). preference_accuracy: how often the
+    scores: B judge's scores of the response; duels: B pairs of scores (response, start's response);
+    responses: B samples; *_logps: B rows for (chosen, rejected, response). preference_accuracy: how often the
     implicit reward log(pi / pi_start) prefers the data's chosen. logratio_to_start: the same reward
     of the policy's own response; sampled at temperature 1, its mean estimates KL(pi || pi_start);
     greedy, it does not.
@@ -94,8 +95,8 @@ def evaluation(scores, responses, policy_logps, start_logps):
     logratios = [[p - q for p, q in zip(*rows)] for rows in zip(policy_logps, start_logps)]
     row = {"prompts": len(scores)}
     for name, values in {
-            "score": [s[0] for s in scores],
-            "win_rate": [half_for_ties(s[0], s[1]) for s in scores],
+            "score": scores,
+            "win_rate": [half_for_ties(*duel) for duel in duels],
             "preference_accuracy": [half_for_ties(r[0], r[1]) for r in logratios],
             "logratio_to_start": [r[2] for r in logratios],
             "response_tokens": [float(len(sample["ids"])) for sample in responses],
@@ -124,9 +125,13 @@ def pair_counts(folder, iteration):
     return {"prompts": len(rows), "pairs": len(kept), "drops": drops,
             "sample_best": won("chosen"), "sample_worst": won("rejected"), "samples": len(samples),
             "unfinished": sum(not c["finished"] for c in samples),
-            "mean_tokens": sum(len(c["ids"]) for c in samples) / max(1, len(samples)),
-            "texts": {row["prompt_id"]: row["candidates"][c]["text"] for row in rows
-                      for c in row["sampled"][:1]}}
+            "mean_tokens": sum(len(c["ids"]) for c in samples) / max(1, len(samples))}
+
+
+def held_out_responses(folder, iteration):
+    """prompt_id -> the policy's answer after this iteration; empty without evaluation."""
+    path = Path(folder) / f"iter_{iteration}" / "eval.jsonl"
+    return {row["prompt_id"]: row["response"] for _, row in read_jsonl(path)} if path.exists() else {}
 
 
 def summary(folder, iteration):
@@ -166,7 +171,8 @@ def warnings_of(folder, iteration, counts, steps, evals):
         yield (f"{counts['unfinished'] / counts['samples']:.0%} of the samples hit the length "
                "limit; raise --max-new-tokens, or, if it grew with the iterations, lower --alpha "
                "or --lr")
-    if abs(evals.get(iteration, {}).get("logratio_to_start", 0.0)) / tokens > 2.0:
+    drift = evals.get(iteration, {})
+    if abs(drift.get("logratio_to_start", 0.0)) / max(1.0, drift.get("response_tokens", 1.0)) > 2.0:
         yield (f"the policy is {evals[iteration]['logratio_to_start']:.0f} nats from the start on "
                "its own responses; raise --beta, lower --lr, or try --reference initial")
     equal = counts["drops"].get("best and worst are equal", 0)
@@ -179,11 +185,12 @@ def warnings_of(folder, iteration, counts, steps, evals):
     if before["samples"] and counts["mean_tokens"] > 1.3 * before["mean_tokens"]:
         yield (f"samples grow longer, {before['mean_tokens']:.0f} -> "
                f"{counts['mean_tokens']:.0f} tokens; judges like length: try --length-penalty")
-    shared = counts["texts"].keys() & before["texts"].keys()
-    same = sum(counts["texts"][p] == before["texts"][p] for p in shared)
-    if shared and same > 0.9 * len(shared):
-        yield (f"{same / len(shared):.0%} of the samples are those of the last iteration: the "
-               "policy is stuck; raise --lr or lower --beta")
+    # Held-out prompts: the training prompts of two iterations are disjoint.
+    now, old = (held_out_responses(folder, k) for k in (iteration, iteration - 1))
+    same = sum(now[p] == old.get(p) for p in now)
+    if old and now and same > 0.9 * len(now):
+        yield (f"{same / len(now):.0%} of the held-out responses are those of the last iteration: "
+               "the policy is stuck; raise --lr or lower --beta")
 
 
 # ----------------------------------------------------------------------------------------------

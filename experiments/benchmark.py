@@ -41,6 +41,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -309,7 +310,9 @@ def worker_step_ours(settings):
     """Packed trees; reference log-probs once, before the first update, and counted in the time."""
     import torch
     import model as policies
-    policy = policies.Policy(load_lm(settings, "selm_tree"), settings.get("checkpointing", False))
+    policies.keep_freed_memory()
+    policy = policies.Policy(load_lm(settings, "selm_tree"), settings.get("checkpointing", False),
+                             compile=settings.get("compile"))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
     batches, seconds, update_seconds, losses = load_trees(settings), [], [], []
     for trees in batches:
@@ -389,8 +392,9 @@ def step_sides(settings):
 
 def part_step(common, quick):
     """(a) ours against textbook at max length 512."""
-    settings = {**common, "alpha": ALPHA, "prompts": 2 if quick else 4, "steps": 1, "tokens": 1024,
-                "max_length": 96 if quick else 512, "max_prompt": 48 if quick else 128}
+    settings = {**common, "alpha": ALPHA, "prompts": 2 if quick else 4, "steps": 1, "tokens": 768,
+                "max_length": 96 if quick else 512, "max_prompt": 48 if quick else 128,
+                "compile": "inductor" if shutil.which("g++") else None}  # --compile of train_loop
     results = alternate(step_sides(settings), 1 if quick else 3)
     return {**compare(results, "ours", "textbook"), **check_losses(results), "settings": settings}
 

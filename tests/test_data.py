@@ -149,7 +149,6 @@ def test_sentencepiece_puts_no_space_that_the_policy_would_never_sample():
     from transformers import PreTrainedTokenizerFast
     pieces = ["<unk>", "<s>", "</s>", "▁", "\n", "Hello", "▁Hello", "▁<|assistant|>", "<|user|>",
               "x"]
-    core = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>"))
     core = Tokenizer(models.Unigram([(p, -1.0 if p != "<unk>" else 0.0) for p in pieces], 0))
     core.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -203,7 +202,7 @@ def test_packing_lays_trees_out_as_a_loop_by_hand_says():
     batch = data.pack(TREES)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 3]]
-    assert batch.layout == [(0, 3, [2, 1]), (6, 1, [3])]
+    assert batch.layout == [(3, [2, 1]), (1, [3])]
     assert batch.predicted_from.tolist() == [2, 3, 2, 6, 7, 8]
     assert batch.targets.tolist() == [8, 9, 10, 12, 13, 14]
     assert batch.response_index.tolist() == [0, 0, 1, 2, 2, 2] and batch.responses == 3
@@ -232,6 +231,17 @@ def test_micro_batches_hold_every_tree_once_within_the_budget(lengths, budget):
     assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
     for group in groups:
         assert len(group) == 1 or sum(lengths[i] for i in group) <= budget
+
+
+@pytest.mark.parametrize("budget", [1, 12, 30, 1000])
+def test_plain_rows_stay_within_the_budget_with_their_padding(budget):
+    """A budget that counts real tokens while memory pays for padded ones."""
+    sizes = [(3, (4, 2)), (1, (9,)), (5, (1, 1, 1)), (2, (2, 7)), (4, (3,))]
+    trees = [data.Tree([1] * p, [[2] * n for n in ns], 0, 0, []) for p, ns in sizes]
+    groups = data.plan_plain_rows(trees, budget)
+    assert sorted(i for g in groups for i in g) == list(range(len(trees)))
+    for group in groups:
+        assert len(group) == 1 or data.pad([trees[i] for i in group]).input_ids.numel() <= budget
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The packed forward pass against one-by-one forward passes of unmodified transformers models."""
 
 import copy
+import json
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import model as policies
-from conftest import ARCHITECTURES, ROOT, VOCABULARY, make_model, make_tokenizer
+from conftest import ARCHITECTURES, ROOT, SIZES, VOCABULARY, make_model, make_tokenizer
 
 
 def make_trees(seed=0, sizes=((5, (4, 7)), (3, (6, 2, 9)), (11, (1,)))):
@@ -80,10 +81,50 @@ def test_the_self_check_stops_an_architecture_with_scaled_logits():
         policies.self_check(policy, data.pack, make_trees())
 
 
+def test_the_self_check_covers_plain_rows_too():
+    """Granite's scaled logits: wrong by nats in packed and plain rows alike, as both use our head."""
+    from transformers import GraniteConfig
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GraniteConfig(**SIZES, logits_scaling=8.0)).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(50)
+    with pytest.raises(ValueError, match="head is not supported"):
+        policies.self_check(policies.Policy(model), data.pad, make_trees(), packed=False)
+    fine = policies.Policy(make_model("gemma3"))
+    assert policies.self_check(fine, data.pad, make_trees(), packed=False) < 1e-4
+
+
+def test_compiled_layers_are_compiled_once_for_many_layouts():
+    """A graph guarded on the layout: recompiled for each micro-batch, given up after eight."""
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    policy = policies.Policy(make_model(), compile=counter)
+    with torch.no_grad():
+        for n in range(2, 8):
+            policy(data.pack(make_trees(n, ((n, (3,) * (n % 3 + 1)), (4, (n, n + 1))))))
+        seen = counter.frame_count
+        for n in range(8, 16):
+            policy(data.pack(make_trees(n, ((n, (3,) * (n % 4 + 1)),) * (n % 3 + 1))))
+    assert 0 < seen == counter.frame_count
+
+
+def test_a_model_whose_generation_config_contradicts_itself_can_still_be_saved(tmp_path):
+    """Greedy with temperature 0.6, as many hub models say: transformers refuses to save it, and the
+    training of an iteration is lost. Several chat templates: saved as a folder, not a file."""
+    make_model().save_pretrained(tmp_path / "hub")
+    (tmp_path / "hub/generation_config.json").write_text(
+        json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9}))
+    policy = policies.Policy(policies.load_model(tmp_path / "hub"))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    policies.save_policy(policy, tokenizer, tmp_path / "policy")
+    assert policies.load_model(tmp_path / "policy").generation_config.temperature is None
+
+
 def test_capped_attention_scores_are_refused_by_packing_and_right_in_plain_rows():
     """Gemma-2 under sdpa: transformers drops the cap without a word."""
     from transformers import Gemma2Config
-    from conftest import SIZES
     torch.manual_seed(0)
     config = Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=0.5, query_pre_attn_scalar=1)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="selm_tree").eval()

@@ -21,6 +21,8 @@ def make_run(folder, iteration=1, tokens=10, finished=True, equal=0, accuracy=0.
              text="fresh", evals=None):
     """A run folder with ten prompts in one iteration, as train_loop.py would leave it."""
     (folder / f"iter_{iteration}").mkdir(parents=True)
+    data.write_jsonl(folder / f"iter_{iteration}/eval.jsonl", [
+        {"prompt_id": str(i), "response": f"{text} {i}"} for i in range(10)])
     data.write_jsonl(folder / f"iter_{iteration}/pairs.jsonl", [{
         "prompt_id": str(i), "dropped": "best and worst are equal" if i < equal else None,
         "candidates": [candidate("chosen", 5), candidate("rejected", 5),
@@ -47,7 +49,7 @@ def test_the_summary_counts_pairs_drops_and_the_fate_of_the_samples(tmp_path):
     (dict(logratio=-20.0, accuracy=0.5), "optimism is too strong.*-20.0 nats.*--alpha"),
     (dict(finished=False), "100% of the samples hit the length limit"),
     (dict(equal=6), "60% of the examples were dropped"),
-    (dict(evals={"logratio_to_start": 50.0}), "50 nats from the start.*--beta")])
+    (dict(evals={"logratio_to_start": 50.0, "response_tokens": 10}), "50 nats from the start.*--beta")])
 def test_each_failure_signature_gives_one_warning_with_its_figure(changes, words, tmp_path):
     """A run that fails as the paper says runs do, without a word."""
     lines = report.summary(make_run(tmp_path, **changes), 1)[1:]
@@ -65,7 +67,7 @@ def test_growth_and_standstill_are_seen_across_iterations(tmp_path):
     grown = report.summary(make_run(tmp_path, 2, tokens=14, text="other"), 2)[1:]
     assert len(grown) == 1 and "10 -> 14 tokens" in grown[0]
     stuck = report.summary(make_run(tmp_path, 3, tokens=14, text="other"), 3)[1:]
-    assert len(stuck) == 1 and "100% of the samples are those of the last iteration" in stuck[0]
+    assert len(stuck) == 1 and "100% of the held-out responses are those" in stuck[0]
 
 
 def test_intervals_are_students_over_seeds():
@@ -96,9 +98,10 @@ def test_the_figures_are_drawn_again_from_the_files_alone(tmp_path):
     """A figure that needs the process that made the numbers."""
     run = make_run(tmp_path / "run", evals={"win_rate": 0.6})
     make_run(tmp_path / "run/baseline", evals={"win_rate": 0.5})
-    (run / "config.json").write_text(json.dumps({
-        "settings": {"name": "x"}, "command": ["x"], "git_revision": None,
-        "torch": "", "transformers": ""}))
+    for folder, alpha in ((run, "0.3"), (run / "baseline", "0.0")):
+        (folder / "config.json").write_text(json.dumps({
+            "settings": {"name": "x", "alpha": alpha}, "command": ["x"], "git_revision": None,
+            "torch": "", "transformers": ""}))
     result = subprocess.run([sys.executable, str(ROOT / "plots.py"), str(run)],
                             capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

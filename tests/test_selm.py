@@ -1,6 +1,7 @@
 """The objective against closed forms, Python floats, finite differences, torch's own functions."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,9 +56,14 @@ def test_the_fused_version_equals_the_textbook_for_every_chunk_size(chunk):
 def test_a_vocabulary_wide_gradient_skips_what_needs_none():
     """A (V, H) weight gradient computed for a frozen head: LoRA would pay for it."""
     h, w, _, t = problem(dtype=torch.float32)
-    h.requires_grad_()
-    selm.token_logps(h, w, t).sum().backward()
-    assert h.grad is not None and w.grad is None
+    for frozen in ("hidden", "weight"):
+        context = SimpleNamespace(
+            saved_tensors=(h, w, None, t, torch.logsumexp(h @ w.T, 1)),
+            settings=(None, torch.float32, 4),
+            needs_input_grad=(frozen != "hidden", frozen != "weight", False))
+        grads = selm._TokenLogps.backward(context, torch.ones(len(h)))
+        assert (grads[0] is None) == (frozen == "hidden")
+        assert (grads[1] is None) == (frozen == "weight")
 
 
 def test_huge_logits_do_not_overflow():

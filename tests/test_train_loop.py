@@ -158,9 +158,21 @@ def test_reference_initial_keeps_the_first_model_as_the_anchor(command, tmp_path
     ["--plain-rows"], ["--lora-rank", "2"], ["--gradient-checkpointing"], ["--dtype", "bf16"],
     ["--responses-per-prompt", "2"], ["--length-penalty", "0.1", "--epochs", "2"],
     ["--alpha", "0"]], ids=" ".join)
-def test_every_option_runs_the_whole_loop_and_moves_the_weights(extra, command, tmp_path):
+def test_every_option_takes_effect_and_runs_the_whole_loop(extra, command, tmp_path, monkeypatch):
     """An option that is parsed and then forgotten, or fails after an hour of sampling."""
+    made, padded = [], []
+    policy, pad, load_ranker = policies.Policy, data.pad, train_loop.rank.load_ranker
+    monkeypatch.setattr(policies, "Policy", lambda *a: made.append(a) or policy(*a))
+    monkeypatch.setattr(data, "pad", lambda trees: padded.append(trees) or pad(trees))
+    monkeypatch.setattr(train_loop.rank, "load_ranker", lambda *a, length_penalty, **k: (
+        made.append(length_penalty) or load_ranker(*a, length_penalty=length_penalty, **k)))
     train_loop.main([*command, *extra])
+    assert (0.1 in made) == ("--length-penalty" in extra)
+    made = [a for a in made if isinstance(a, tuple) and len(a) > 1]  # those to be trained
+    assert all(a[1] == ("--gradient-checkpointing" in extra) for a in made)
+    assert all((a[2] is not None) == ("bf16" in extra) for a in made)
+    assert all(a[4] == (2 if "--lora-rank" in extra else 0) for a in made)
+    assert bool(padded) == ("--plain-rows" in extra)
     assert not same(weights(tmp_path / "run"), weights(tmp_path / "run", 1))
     pairs = [r for r in rows(tmp_path / "run/iter_1/pairs.jsonl") if not r["dropped"]]
     if "--responses-per-prompt" in extra:
@@ -192,6 +204,35 @@ def test_two_processes_draw_the_same_samples_and_take_the_same_steps(command, tm
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.parametrize("extra", [["--gradient-checkpointing", "--dtype", "bf16"],
+                                   ["--lora-rank", "2"]], ids=" ".join)
+def test_two_processes_run_what_the_recipes_use(extra, command, tmp_path):
+    """Sharding that works for plain fp32 only: the paper's run is bf16 with checkpointing."""
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "--master-port", "29535", str(ROOT / "train_loop.py"), *command, *extra,
+         "--iterations", "1"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert not same(weights(tmp_path / "run", 1), AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model").state_dict())
+
+
+def test_a_hub_data_set_is_read_by_its_two_splits(command, tmp_path, monkeypatch, capsys):
+    """Training on the test split; rows of the hub's schema that the parser does not know."""
+    import datasets
+    preferences = rows(tmp_path / "p.jsonl")
+    splits = {"train_prefs": preferences[:16] + preferences[:2], "test_prefs": preferences[16:]}
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset",
+                        lambda name, split: asked.append((name, split)) or splits[split])
+    command[command.index("--data") + 1] = "org/prefs"
+    train_loop.main([*command, "--iterations", "1"])
+    assert asked == [("org/prefs", "train_prefs"), ("org/prefs", "test_prefs")]
+    assert "2 rows repeat a prompt" in capsys.readouterr().out
+    held_out = {r["prompt_id"] for r in rows(tmp_path / "run/iter_1/eval.jsonl")}
+    assert held_out == {"16", "17"}
+
+
 # ----------------------------------------------------------------------------------------------
 # Pieces
 # ----------------------------------------------------------------------------------------------
@@ -199,7 +240,7 @@ def test_two_processes_draw_the_same_samples_and_take_the_same_steps(command, tm
 
 def settings(**changes):
     values = dict(seed=0, epochs=1, batch_size=6, tokens_per_forward=10**6, adam_betas=(0.9, 0.999),
-                  adam_eps=1e-8, beta=0.5, plain_rows=False, device="cpu")
+                  adam_eps=1e-8, beta=0.5, plain_rows=False, device="cpu", dtype="fp32")
     return Namespace(**(values | changes))
 
 
@@ -232,9 +273,9 @@ def test_a_wrong_reference_is_stopped_at_step_zero():
     """Reference log-probs of another model, dtype or tokenisation: every later number is off."""
     policy = policies.Policy(make_model())
     trees = ready_trees(policy)
-    trees[0].ref_logps[0] += 0.5
-    with pytest.raises(RuntimeError, match="not ln 2"):
-        train_loop.train(settings(), policy, trees, 1, 1e-3, 0.3, check_start=True)
+    trees[0].ref_logps[0] += 0.5  # at the paper's beta this moves the loss by 4e-4 only
+    with pytest.raises(RuntimeError, match="0.5 nats off"):
+        train_loop.train(settings(beta=0.01), policy, trees, 1, 1e-3, 0.3, check_start=True)
 
 
 def test_the_schedule_warms_up_over_a_tenth_and_ends_near_zero():
@@ -327,7 +368,7 @@ def test_a_dry_run_prints_the_papers_numbers_and_loads_nothing(
     ("--beta 0", "--beta 0.0"), ("--lr 1 2", "2 rates for 3"),
     ("--batch-size 0", "--batch-size must"), ("--max-prompt-length 64", "no room is left"),
     ("--responses-per-prompt 2", "--temperature > 0"),
-    ("--top-p 1.5", "--top-p 1.5")])
+    ("--top-p 1.5", "--top-p 1.5"), ("--data mine.jsonl", "the toy makes its own")])
 def test_flags_that_cannot_work_are_refused_before_anything_runs(flags, words):
     """A run that fails after an hour on what was known at its first second."""
     with pytest.raises(ValueError, match=words):
@@ -339,6 +380,7 @@ def test_flags_that_cannot_work_are_refused_before_anything_runs(flags, words):
     (["--ranker", "pairrrm"], "pairrrm"),
     (["--ranker", "absent.py:f"], "absent.py"), (["--ranker", "oracle"], "toy"),
     (["--max-length", "100000"], "exceeds the context .* 256"),
+    (["--max-new-tokens", "250"], "exceeds the context of .*, 256"),
     (["--prompts-per-iteration", "6", "--iterations", "50"], "cannot be split into 50")])
 def test_inputs_that_cannot_work_are_refused_before_sampling(change, words, command, monkeypatch):
     """The same, for what only a look at the files can tell."""
