@@ -290,7 +290,8 @@ def plan_plain_rows(trees, tokens_per_forward):
     groups, rows = [], 0
     for i in sorted(range(len(trees)), key=lambda i: -width[i]):
         rows += len(trees[i].responses)
-        if not groups or rows * width[groups[-1][0]] > tokens_per_forward:  # the first is the widest
+        # The first tree of a group is its widest.
+        if not groups or rows * width[groups[-1][0]] > tokens_per_forward:
             groups.append([])
             rows = len(trees[i].responses)
         groups[-1].append(i)

@@ -151,8 +151,10 @@ def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
         for name in ("quantization_config", "_pre_quantization_dtype"):
             if hasattr(model.config, name):
                 delattr(model.config, name)
-    if not model.generation_config.do_sample:  # many hub models say "greedy, temperature 0.6", which
-        for name in ("temperature", "top_p", "top_k"):  # save_pretrained then refuses, after training
+    if not model.generation_config.do_sample:
+        # Many hub models say "greedy, temperature 0.6"; save_pretrained would refuse that, but only
+        # after the training.
+        for name in ("temperature", "top_p", "top_k"):
             setattr(model.generation_config, name, None)
     return model.to(device).eval()
 
@@ -249,8 +251,8 @@ def self_check(policy, make_batch, trees, packed=True):
 
     Some architectures ignore position_ids, mix tokens outside attention (Mamba) or scale their
     logits (Granite, Cohere); log-probs would then be wrong without a sign. ValueError says so.
-    make_batch: data.pack, or data.pad for packed=False. `trees`: a few short ones. Runs in the weights' dtype,
-    without autocast, before sharding.
+    make_batch: data.pack, or data.pad for packed=False. `trees`: a few short ones. Runs in the
+    weights' dtype, without autocast, before sharding.
     """
     advice = "use --plain-rows" if packed else "its head is not supported; see Policy.forward"
     autocast_dtype, policy.autocast_dtype = policy.autocast_dtype, None

@@ -4,8 +4,8 @@
     python experiments/ablation.py --seeds 2       a quick look
     python experiments/ablation.py --draw          table and figure again from ablation.json
 
-Arms: alpha = 0 (iterative DPO); the paper's alpha 1e-3 and a large one with greedy y, as the authors'
-code samples; the large one with y at temperature 1, as the paper writes. All arms of a seed share
+Arms: alpha = 0 (iterative DPO); the paper's alpha 1e-3 and a large one with greedy y, as the
+authors' code samples; the large one with y at temperature 1, as the paper writes. All arms of a seed share
 the base model, the prompts and the seeds, so differences are taken within seeds.
 
 Worlds (toy.py): "default" has headroom because its commonest word is poor, which suits optimism;
@@ -60,7 +60,8 @@ def run_all(seeds):
                           for a in (next(iter(ARMS)), arm))
             if run != first:  # the arms of a seed share one world
                 shutil.copytree(first / "world", run / "world")
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with (contextlib.redirect_stdout(io.StringIO()),
+                  contextlib.redirect_stderr(io.StringIO())):
                 train_loop.main(["--model", world, "--run-dir", str(run), "--seed", str(seed),
                                  "--seeds", "1", "--no-baseline", *ARMS[arm]])
             rows = report.rows_of(run, "eval")
@@ -80,7 +81,8 @@ def cell(values):
 
 
 def table(results):
-    lines = ["| world | arm | " + " | ".join(MEASURES.values()) + " |", "|" + "---|" * (len(MEASURES) + 2)]
+    lines = ["| world | arm | " + " | ".join(MEASURES.values()) + " |",
+             "|" + "---|" * (len(MEASURES) + 2)]
     for world, arms in results.items():
         for arm, rows in arms.items():
             lines.append(f"| {world} | {arm} | " + " | ".join(
@@ -88,7 +90,8 @@ def table(results):
             if arm in BASELINE:
                 base = arms[BASELINE[arm]]
                 lines.append(f"| {world} | - its DPO, paired | " + " | ".join(
-                    cell([a[name] - b[name] for a, b in zip(rows, base)]) for name in MEASURES) + " |")
+                    cell([a[name] - b[name] for a, b in zip(rows, base)])
+                    for name in MEASURES) + " |")
     return "\n".join(lines)
 
 
@@ -109,8 +112,8 @@ def draw(results, seeds):
         axis.tick_params(labelsize=7)
     axes[0].set_yticks([-y for y in range(len(labels))],
                        [f"{world}: {arm}" for world, arm in labels], fontsize=7)
-    figure.suptitle(f"Optimism minus none, after 3 iterations: paired mean and 95 % interval, {seeds} "
-                    "seeds", fontsize=10)
+    figure.suptitle("Optimism minus none, after 3 iterations: paired mean and 95 % interval, "
+                    f"{seeds} seeds", fontsize=10)
     figure.tight_layout()
     figure.savefig(RESULTS / "ablation.png", dpi=130)
 
