@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data import read_jsonl, write_text
 
-# Student's t for 95 % intervals, by degrees of freedom; beyond the table, the normal's quantile.
+# Student's t for 95 % intervals, by degrees of freedom.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23,
         11: 2.20, 12: 2.18, 13: 2.16, 14: 2.14, 15: 2.13, 19: 2.09, 29: 2.05}
 
@@ -39,7 +39,8 @@ def mean_interval(values):
     if len(values) < 2:
         return mean, math.nan
     variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return mean, T_95[max(df for df in T_95 if df < len(values))] * math.sqrt(variance / len(values))
+    quantile = T_95[max(df for df in T_95 if df < len(values))]  # between two: the wider
+    return mean, quantile * math.sqrt(variance / len(values))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -87,8 +88,8 @@ def evaluation(scores, duels, responses, policy_logps, start_logps):
     """Metrics of held-out prompts, each with its standard error over prompts (name_se).
 
     scores: B judge's scores of the response; duels: B pairs of scores (response, start's response);
-    responses: B samples; *_logps: B rows for (chosen, rejected, response). preference_accuracy: how often the
-    implicit reward log(pi / pi_start) prefers the data's chosen. logratio_to_start: the same reward
+    responses: B samples; *_logps: B rows for (chosen, rejected, response). preference_accuracy: how
+    often the implicit reward log(pi / pi_start) prefers the data's chosen. logratio_to_start: it
     of the policy's own response; sampled at temperature 1, its mean estimates KL(pi || pi_start);
     greedy, it does not.
     """
@@ -131,7 +132,8 @@ def pair_counts(folder, iteration):
 def held_out_responses(folder, iteration):
     """prompt_id -> the policy's answer after this iteration; empty without evaluation."""
     path = Path(folder) / f"iter_{iteration}" / "eval.jsonl"
-    return {row["prompt_id"]: row["response"] for _, row in read_jsonl(path)} if path.exists() else {}
+    rows = read_jsonl(path) if path.exists() else ()
+    return {row["prompt_id"]: row["response"] for _, row in rows}
 
 
 def summary(folder, iteration):

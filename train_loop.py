@@ -13,7 +13,7 @@ disk), the padding, the logits, the second and third forward pass, the trainer.
 Every phase leaves a file that appears whole; the same command after a kill goes on after the last
 finished one. No formula lives here.
 
-    python train_loop.py                                   the toy world, a minute or two on a laptop
+    python train_loop.py                                   the toy world, a minute or two
     python train_loop.py --model zephyr-7b-sft --dry-run   what the paper's run would do
     torchrun --nproc-per-node 8 train_loop.py --model zephyr-7b-sft
 Test: pytest tests/test_train_loop.py.
@@ -52,8 +52,9 @@ import toy
 
 PAPER = dict(data="HuggingFaceH4/ultrafeedback_binarized", known_prompts=61_135, ranker="pairrm",
              iterations=3, offline_first=False, beta=0.01, alpha=1e-3, lr=[5e-7, 3e-7, 1e-7],
-             batch_size=128, epochs=1, adam_betas=(0.9, 0.999), adam_eps=1e-8, max_length=1024, max_grad_norm=1.0,
-             max_prompt_length=512, max_new_tokens=1024, temperature=0.0, slots=64,
+             batch_size=128, epochs=1, adam_betas=(0.9, 0.999), adam_eps=1e-8,
+             max_grad_norm=1.0, max_length=1024, max_prompt_length=512, max_new_tokens=1024,
+             temperature=0.0, slots=64,
              tokens_per_forward=8192, gradient_checkpointing=True, eval_prompts=256,
              prompts_per_iteration=None, seeds=1, baseline=False, variant=None)
 RECIPES = {
@@ -369,7 +370,7 @@ def plan_steps(args, trees, epoch_seed):
 
 
 def forward(args, policy, trees, group):
-    """Log-probs of a group's responses, (R,). An empty group runs a tree that counts for nothing."""
+    """Log-probs of a group's responses, (R,). An empty group runs one tree in vain."""
     make = data.pad if args.plain_rows else data.pack
     return policy(make([trees[i] for i in group or [0]]).to(args.device))
 
@@ -475,7 +476,7 @@ def sum_over_processes(totals):
 
 def evaluate(args, folder, here, path, start_path, records, start_rows, chat, ranker, iteration):
     """Held-out prompts: fresh responses against the start policy's, judged by the ranker; how far
-    the policy went; what it prefers. Logs one metrics row; eval.jsonl, written last, marks the end."""
+    the policy went; what it prefers. Logs a metrics row; eval.jsonl, written last, ends it."""
     drawn = sample_responses(args, path, records, chat, "eval")
     own = [row["samples"][0] for row in drawn]
     start = [row["samples"][0] for row in start_rows or drawn]
@@ -626,8 +627,8 @@ def prepare(args, world):
                          f"{context}")
     longest, limit = args.max_prompt_length + args.max_new_tokens, sample.context_length(config)
     if longest > limit:
-        raise ValueError(f"--max-prompt-length + --max-new-tokens = {longest} exceeds the context of "
-                         f"{start}, {limit}")
+        raise ValueError(f"--max-prompt-length + --max-new-tokens = {longest} exceeds the context "
+                         f"of {start}, {limit}")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"{start}: the tokenizer knows {len(tokenizer)} tokens, the model only "
                          f"{config.vocab_size}; they do not belong together")
@@ -648,7 +649,7 @@ def prepare(args, world):
 
 
 def check_forward(args, start, chat, records):
-    """Stops a model whose log-probs we would get wrong; decides whether FlexAttention works here."""
+    """Stops a model whose log-probs we would get wrong; tries FlexAttention where it may work."""
     examples = [data.Tree(chat.prompt_ids(row["prompt"])[-16:],
                               [chat.response_ids(row["chosen"])[:16],
                                chat.response_ids(row["rejected"])[:12]], 0, 1, [])
@@ -722,9 +723,10 @@ def main(argv=None):
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.fresh and RANK == 0 and args.run_dir.exists():
-        known = ("config.json", "world", "world.unfinished", "start")  # never somebody's home folder
+        known = ("config.json", "world", "world.unfinished", "start")  # not somebody's home
         if any(args.run_dir.iterdir()) and not any((args.run_dir / k).exists() for k in known):
-            raise ValueError(f"--fresh: {args.run_dir} does not look like a run; delete it yourself")
+            raise ValueError(f"--fresh: {args.run_dir} does not look like a run; delete it "
+                             "yourself")
         trash = args.run_dir.with_name(args.run_dir.name + ".deleted")
         shutil.rmtree(trash, ignore_errors=True)
         os.replace(args.run_dir, trash)  # at once: half a deleted run must not be resumed

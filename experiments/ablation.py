@@ -5,8 +5,8 @@
     python experiments/ablation.py --draw          table and figure again from ablation.json
 
 Arms: alpha = 0 (iterative DPO); the paper's alpha 1e-3 and a large one with greedy y, as the
-authors' code samples; the large one with y at temperature 1, as the paper writes. All arms of a seed share
-the base model, the prompts and the seeds, so differences are taken within seeds.
+authors' code samples; the large one with y at temperature 1, as the paper writes. All arms of a
+seed share the base model, the prompts and the seeds: differences are taken within seeds.
 
 Worlds (toy.py): "default" has headroom because its commonest word is poor, which suits optimism;
 "neutral" favours nothing; in "rare" the best words are those that are hardly ever said.

@@ -82,7 +82,7 @@ def test_the_self_check_stops_an_architecture_with_scaled_logits():
 
 
 def test_the_self_check_covers_plain_rows_too():
-    """Granite's scaled logits: wrong by nats in packed and plain rows alike, as both use our head."""
+    """Granite's scaled logits: wrong by nats in packed and plain rows, as both use our head."""
     from transformers import GraniteConfig
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(GraniteConfig(**SIZES, logits_scaling=8.0)).eval()

@@ -49,7 +49,8 @@ def test_the_summary_counts_pairs_drops_and_the_fate_of_the_samples(tmp_path):
     (dict(logratio=-20.0, accuracy=0.5), "optimism is too strong.*-20.0 nats.*--alpha"),
     (dict(finished=False), "100% of the samples hit the length limit"),
     (dict(equal=6), "60% of the examples were dropped"),
-    (dict(evals={"logratio_to_start": 50.0, "response_tokens": 10}), "50 nats from the start.*--beta")])
+    (dict(evals={"logratio_to_start": 50.0, "response_tokens": 10}),
+     "50 nats from the start.*--beta")])
 def test_each_failure_signature_gives_one_warning_with_its_figure(changes, words, tmp_path):
     """A run that fails as the paper says runs do, without a word."""
     lines = report.summary(make_run(tmp_path, **changes), 1)[1:]

@@ -240,7 +240,8 @@ def test_a_hub_data_set_is_read_by_its_two_splits(command, tmp_path, monkeypatch
 
 def settings(**changes):
     values = dict(seed=0, epochs=1, batch_size=6, tokens_per_forward=10**6, adam_betas=(0.9, 0.999),
-                  adam_eps=1e-8, beta=0.5, max_grad_norm=1.0, plain_rows=False, device="cpu", dtype="fp32")
+                  adam_eps=1e-8, beta=0.5, max_grad_norm=1.0, plain_rows=False, device="cpu",
+                  dtype="fp32")
     return Namespace(**(values | changes))
 
 
