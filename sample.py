@@ -377,7 +377,7 @@ def load_answerer(args):
     chat = data.ChatFormat(tokenizer)
     dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     model = policies.load_model(args.model, getattr(torch, dtype), args.device)
-    stop_ids = {chat.end_id, tokenizer.eos_token_id}
+    stop_ids = chat.stop_ids
 
     def answer(conversations, progress=False):
         prompt_ids = [chat.prompt_ids(messages) for messages in conversations]

@@ -531,8 +531,8 @@ def run(args, folder, alpha, seed, world):
             toy.build_world(world / "world", seed, variant=args.variant)
         barrier()
         args.model, args.data = str(world / "world/base"), str(world / "world/train.jsonl")
-    open_run(args, folder, alpha)
     start, chat, ranker, portions, held_out = prepare(args, world)
+    open_run(args, folder, alpha)  # only now: a mistyped flag must not claim the folder
     first = 0 if args.offline_first else 1
     start_rows = None
     if held_out:
@@ -597,7 +597,7 @@ def open_run(args, folder, alpha):
     """Makes the folder, or recognises a run to go on with. ValueError if it was another one."""
     settings = {name: str(value) for name, value in vars(args).items()
                 if name not in ("fresh", "dry_run", "run_dir", "baseline", "seeds", "slots",
-                                "tokens_per_forward", "compile")} | {"alpha": str(alpha)}
+                                "tokens_per_forward", "compile", "use_flex")} | {"alpha": str(alpha)}
     path = folder / "config.json"
     if path.exists():
         old = json.loads(path.read_text())["settings"]
@@ -651,8 +651,8 @@ def prepare(args, world):
 def check_forward(args, start, chat, records):
     """Stops a model whose log-probs we would get wrong; tries FlexAttention where it may work."""
     examples = [data.Tree(chat.prompt_ids(row["prompt"])[-16:],
-                              [chat.response_ids(row["chosen"])[:16],
-                               chat.response_ids(row["rejected"])[:12]], 0, 1, [])
+                          [chat.response_ids(row["chosen"])[:16],
+                           chat.response_ids(row["rejected"])[:12]], 0, 1, [])
                 for row in records[:2]]
     policy = policies.Policy(load(args, start, training=False))
     args.use_flex = policy.use_flex = args.device == "cuda" and not args.plain_rows

@@ -416,6 +416,13 @@ def test_other_settings_for_the_same_folder_are_named_and_fresh_starts_over(comm
     assert not (tmp_path / "run/iter_2").exists()
 
 
+def test_a_mistyped_flag_does_not_claim_the_folder(command, tmp_path):
+    """A first try that fails at once, and a corrected second one that is told to use --fresh."""
+    with pytest.raises(ValueError, match="absent.py"):
+        train_loop.main([*command, "--ranker", "absent.py:f"])
+    train_loop.main([*command, "--iterations", "1"])
+
+
 def test_an_error_on_the_command_line_is_one_line_and_a_nonzero_exit(command):
     """A traceback for a typing mistake; exit code 0 for a run that did not happen."""
     result = subprocess.run([sys.executable, str(ROOT / "train_loop.py"), *command, "--beta", "-1"],
