@@ -681,7 +681,7 @@ def part_limit(common, quick):
 
 def worker_rank(settings):
     import benchmark_rank
-    result = benchmark_rank.run(prompts=4 if settings["quick"] else 48,
+    result = benchmark_rank.run(prompts=4 if settings["quick"] else 8,
                                 rounds=1 if settings["quick"] else 3)
     return {"result": result}
 
