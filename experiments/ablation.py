@@ -110,6 +110,7 @@ def draw(results, seeds):
         axis.set_title(MEASURES[name], fontsize=9)
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=7)
+        axis.locator_params(axis="x", nbins=5)
     axes[0].set_yticks([-y for y in range(len(labels))],
                        [f"{world}: {arm}" for world, arm in labels], fontsize=7)
     figure.suptitle("Optimism minus none, after 3 iterations: paired mean and 95 % interval, "
