@@ -595,9 +595,10 @@ def learn(args, here, path, start, chat, iteration, lr, alpha, folder):
 
 def open_run(args, folder, alpha):
     """Makes the folder, or recognises a run to go on with. ValueError if it was another one."""
-    settings = {name: str(value) for name, value in vars(args).items()
-                if name not in ("fresh", "dry_run", "run_dir", "baseline", "seeds", "slots",
-                                "tokens_per_forward", "compile", "use_flex")} | {"alpha": str(alpha)}
+    free_to_change = ("fresh", "dry_run", "run_dir", "baseline", "seeds", "slots",
+                      "tokens_per_forward", "compile", "use_flex")
+    settings = {name: str(value) for name, value in (vars(args) | {"alpha": alpha}).items()
+                if name not in free_to_change}
     path = folder / "config.json"
     if path.exists():
         old = json.loads(path.read_text())["settings"]
