@@ -189,7 +189,7 @@ class Policy(nn.Module):
     """A causal LM seen as pi(y|x): micro-batch in, one log-prob a response out.
 
     autocast_dtype: bf16 compute over fp32 master weights, or None. checkpointing: recompute each
-    layer in backward (less memory, about a third more time). compile: a torch.compile backend
+    layer in backward (less memory for one more forward pass). compile: a torch.compile backend
     ("inductor") for each layer, or None.
     """
 

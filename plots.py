@@ -96,7 +96,7 @@ def draw_training(runs, path):
         for border in borders:
             axis.axvline(border - 0.5, color="grey", linewidth=0.6, linestyle=":")
     return save(figure, axes, path,
-                "Training: one line a seed; dotted: a new iteration, a new reference")
+                "Training: one line a seed; dotted: a new iteration")
 
 
 def draw_all(runs, folder):

@@ -1,7 +1,7 @@
 """What the optimism term does in the toy worlds: arms x worlds x seeds, with 95 % intervals.
 
-    python experiments/ablation.py                 8 seeds, about 12 minutes on 2 cores
-    python experiments/ablation.py --seeds 2       a quick look
+    python experiments/ablation.py                 8 seeds
+    python experiments/ablation.py --seeds 3       the README's table; 6 minutes on 2 busy cores
     python experiments/ablation.py --draw          table and figure again from ablation.json
 
 Arms: alpha = 0 (iterative DPO); the paper's alpha 1e-3 and a large one with greedy y, as the
