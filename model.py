@@ -170,7 +170,7 @@ def keep_freed_memory():
     except (OSError, AttributeError):
         return
     mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which keeps up to 2 GiB
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 
 def load_config(path):
