@@ -175,7 +175,9 @@ def packed_linears(model):
                 and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu"
                 and module.weight.dtype == torch.float32)
 
-    available = torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    operators = ("_reorder_linear_weight", "_linear_pointwise")  # private: a later torch may differ
+    available = (torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+                 and all(hasattr(torch.ops.mkldnn, name) for name in operators))
     linears = [module for module in model.modules() if available and runs_on_mkl(module)]
     try:
         for linear in linears:
