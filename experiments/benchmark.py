@@ -390,11 +390,16 @@ def step_sides(settings):
     return {"ours": ("step_ours", settings), "textbook": ("step_textbook", settings)}
 
 
+def compiler():
+    """What train_loop.py's --compile uses; it needs a C++ compiler."""
+    return "inductor" if shutil.which("g++") else None
+
+
 def part_step(common, quick):
     """(a) ours against textbook at max length 512."""
     settings = {**common, "alpha": ALPHA, "prompts": 2 if quick else 4, "steps": 1, "tokens": 768,
                 "max_length": 96 if quick else 512, "max_prompt": 48 if quick else 128,
-                "compile": "inductor" if shutil.which("g++") else None}  # --compile of train_loop
+                "compile": compiler()}
     results = alternate(step_sides(settings), 1 if quick else 3)
     return {**compare(results, "ours", "textbook"), **check_losses(results), "settings": settings}
 
@@ -404,12 +409,18 @@ def part_long(common, quick):
     out = {}
     for prompts in (1,) if quick else (4, 2, 1):
         settings = {**common, "alpha": ALPHA, "prompts": prompts, "steps": 1, "tokens": 1024,
-                    "max_length": 128 if quick else 1024, "max_prompt": 64 if quick else 256}
-        results = alternate(step_sides(settings), 1 if quick else 3)
-        out |= compare(results, "ours", "textbook") | {"settings": settings}
-        if results["textbook"]:
-            return {**out, **check_losses(results)}
-        out[f"textbook_with_{prompts}_prompts"] = "out of memory"
+                    "max_length": 128 if quick else 1024, "max_prompt": 64 if quick else 256,
+                    "compile": compiler()}
+        sides = step_sides(settings)
+        results = alternate(sides, 1)
+        if not results["textbook"]:
+            out[f"with_{prompts}_prompts"] = {"ours": medians(results["ours"]),
+                                              "textbook": "out of memory"}
+            continue
+        if not quick:
+            results = {name: results[name] + more for name, more in alternate(sides, 2).items()}
+        return {**out, **compare(results, "ours", "textbook"), **check_losses(results),
+                "settings": settings}
     return out
 
 
@@ -417,9 +428,8 @@ def part_trl(common, quick):
     """(b) ours against TRL's DPOTrainer: 4 prompts a step, at once and by accumulation."""
     if not TRL_PYTHON.exists():
         return {"skipped": f"no {TRL_PYTHON}; see the head of this file for how to make it"}
-    base = {**common, "alpha": 0, "prompts": 2 if quick else 4, "steps": 1 if quick else 3,
-            "tokens": 1024, "max_length": 96 if quick else 512,
-            "max_prompt": 48 if quick else 128}
+    base = {**common, "alpha": 0, "prompts": 2 if quick else 4, "steps": 1, "tokens": 768,
+            "max_length": 96 if quick else 512, "max_prompt": 48 if quick else 128}
     results = alternate({"ours": ("step_ours", base),
                          "trl": ("step_trl", {**base, "micro_batch": base["prompts"]}, TRL_PYTHON),
                          "trl_accumulating": ("step_trl", {**base, "micro_batch": 1}, TRL_PYTHON)},
@@ -474,13 +484,17 @@ def worker_gather(settings):
 
 
 def part_gather(common, quick):
-    """(c) time and memory by V and N, H of SmolLM2. Memory is what the call adds to its inputs."""
+    """(c) time and memory by V and N, H of SmolLM2. Memory is what the call adds to its inputs.
+
+    The two slow ones run at the smallest N only: an hour would tell no more, as their time is
+    linear in N.
+    """
     methods, rows = ["ours", "textbook", "row by row", "torch fused"], []
     for v in (4096,) if quick else (32768, 131072):
-        for n in (256, 512) if quick else (1024, 2048, 4096, 8192):
+        for i, n in enumerate((256, 512) if quick else (1024, 2048, 4096, 8192)):
             print(f"  V = {v}, N = {n}")
             sides = {m: ("gather", {**common, "method": m, "V": v, "N": n, "H": 576})
-                     for m in methods}
+                     for m in (methods if i == 0 else methods[:2])}
             for name, runs in alternate(sides, 1 if quick else 3).items():
                 rows.append({"method": name, "V": v, "N": n, **({"fits": False} if not runs else {
                     "seconds": statistics.median(r["seconds"] for r in runs),
@@ -561,23 +575,32 @@ def part_scaling(common, quick):
 
     The update costs the same whatever the batch, so slopes are of seconds less update.
     """
-    base = {**common, "alpha": ALPHA, "prompts": 4, "prompt_length": 128, "response_length": 192,
-            "responses": 2, "steps": 1 if quick else 2, "tokens": 1024}
+    base = {**common, "alpha": ALPHA, "prompts": 2, "prompt_length": 64, "response_length": 128,
+            "responses": 2, "steps": 1, "tokens": 512}
     if quick:
-        base |= {"prompt_length": 16, "response_length": 24, "tokens": 128, "prompts": 2}
-    axes = {"prompts": (2, 4) if quick else (2, 4, 8, 16),
-            "response_length": (24, 48) if quick else (48, 96, 192, 384),
+        base |= {"prompt_length": 16, "response_length": 24, "tokens": 128}
+    axes = {"prompts": (2, 4) if quick else (1, 2, 4, 8),
+            "response_length": (24, 48) if quick else (64, 128, 256, 512),
             "responses": (2, 3) if quick else (2, 3, 4)}
+
+    def name(axis, value):
+        s = {**base, axis: value}
+        return (f"{s['prompts']} x ({s['prompt_length']} + "
+                f"{s['responses']} x {s['response_length']})")
+
+    # A dict: the axes cross in the base point, which is measured once.
+    results = alternate({name(axis, value): ("step_ours", {**base, axis: value})
+                         for axis, values in axes.items() for value in values}, 1 if quick else 3)
     out = {"settings": base, "axes": {}, "slopes": {}}
     for axis, values in axes.items():
         points = []
         for value in values:
-            name = f"{axis} {value}"
-            runs = alternate({name: ("step_ours", {**base, axis: value})}, 1 if quick else 3)[name]
-            points.append({
-                axis: value, "tokens": runs[0]["tokens_a_step"], **medians(runs),
-                "pass_seconds": statistics.median(
-                    r["seconds"] - r["update_seconds"] for r in runs)})
+            runs = results[name(axis, value)]
+            if runs:  # else it did not fit into memory, as `alternate` has said
+                points.append({
+                    axis: value, "tokens": runs[0]["tokens_a_step"], **medians(runs),
+                    "pass_seconds": statistics.median(
+                        r["seconds"] - r["update_seconds"] for r in runs)})
         out["axes"][axis] = points
         out["slopes"][axis] = {"seconds_by_tokens": log_log_slope(points, "tokens", "pass_seconds"),
                                "peak_by_tokens": log_log_slope(points, "tokens", "peak_gib")}
@@ -595,16 +618,16 @@ def matmul_flops(config, tokens, response_tokens):
             "head": 6 * response_tokens * h * config.vocab_size}
 
 
-def bare_matmul_rate(config, tokens, chunk):
+def bare_matmul_rate(config, tokens, chunk, head_share):
     """FLOP/s of nothing but matrix products of the model's own shapes: each linear layer's forward
-    and both backward products, and the head's at its chunk. Weighted as the model uses them, but
-    with the head on all tokens, not only the responses'."""
+    and both backward products, and the head's at its chunk. Weighted as the model uses them; the
+    head runs on `head_share` of the tokens, the responses'."""
     import torch
     h, i = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
     shapes = {(tokens, h, h): 2, (tokens, h, kv): 2, (tokens, h, i): 2, (tokens, i, h): 1}
     shapes = {s: n * config.num_hidden_layers for s, n in shapes.items()}
-    shapes[chunk, h, config.vocab_size] = tokens // chunk
+    shapes[chunk, h, config.vocab_size] = head_share * tokens / chunk
     flops = seconds = 0.0
     for (rows, inner, outer), count in shapes.items():
         x, w, g = torch.randn(rows, inner), torch.randn(outer, inner), torch.randn(rows, outer)
@@ -623,19 +646,20 @@ def worker_limit(settings):
     """Alternates our forward + backward with bare products in one process, then profiles a step."""
     import torch
     import model as policies
-    policy = policies.Policy(load_lm(settings, "selm_tree"))
+    policies.keep_freed_memory()
+    policy = policies.Policy(load_lm(settings, "selm_tree"), compile=settings["compile"])
     config, batches = policy.causal_lm.config, load_trees(settings)
     for tree in (tree for trees in batches for tree in trees):
         tree.ref_logps = [0.0] * len(tree.responses)
     our_step(policy, batches[0], settings)
     reached, rates, seconds = [], [], []
     for trees in batches[1:]:
-        rates.append(bare_matmul_rate(config, settings["tokens"], settings["chunk"]))
+        tokens, n = sum(map(len, trees)), sum(len(r) for t in trees for r in t.responses)
+        rates.append(bare_matmul_rate(config, settings["tokens"], settings["chunk"], n / tokens))
         start = time.perf_counter()
         our_step(policy, trees, settings)
         seconds.append(time.perf_counter() - start)
-        n = sum(len(r) for t in trees for r in t.responses)
-        reached.append(sum(matmul_flops(config, sum(map(len, trees)), n).values()) / seconds[-1])
+        reached.append(sum(matmul_flops(config, tokens, n).values()) / seconds[-1])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         our_step(policy, batches[-1], settings)
     table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
@@ -658,8 +682,11 @@ def by_kind(events):
                                           "aten::sub")}
     total, shares = sum(e.self_cpu_time_total for e in events), {}
     for e in events:
-        kind = "attention" if "scaled_dot_product" in e.key else next(
-            (kind for kind, names in kinds.items() if e.key in names), "everything else")
+        kind = next((kind for kind, names in kinds.items() if e.key in names), "everything else")
+        if "scaled_dot_product" in e.key:
+            kind = "attention"
+        elif any(sign in e.key for sign in ("CompiledFx", "Compiled Region", "CompiledFunction")):
+            kind = "compiled: norms, rotary, SwiGLU"
         shares[kind] = shares.get(kind, 0.0) + e.self_cpu_time_total / total
     return {kind: round(share, 4) for kind, share in sorted(shares.items(), key=lambda x: -x[1])}
 
@@ -667,8 +694,8 @@ def by_kind(events):
 def part_limit(common, quick):
     """(f) our FLOP/s over the bare products' FLOP/s, both from one process; median of processes."""
     settings = {**common, "alpha": ALPHA, "prompts": 2 if quick else 4, "steps": 1 if quick else 3,
-                "tokens": 256 if quick else 1024, "max_length": 96 if quick else 512, "chunk": 256,
-                "max_prompt": 48 if quick else 128}
+                "tokens": 256 if quick else 768, "max_length": 96 if quick else 512, "chunk": 256,
+                "max_prompt": 48 if quick else 128, "compile": compiler()}
     runs = alternate({"limit": ("limit", settings)}, 1 if quick else 3)["limit"]
     run = sorted(runs, key=lambda r: r["reached"] / r["rate"])[len(runs) // 2]
     print(run.pop("table"))
@@ -695,8 +722,8 @@ def part_rank(common, quick):
 # 6. Results: one JSON file, one figure drawn from it alone
 # ----------------------------------------------------------------------------------------------
 
-PARTS = {"step": part_step, "trl": part_trl, "gather": part_gather, "sample": part_sample,
-         "scaling": part_scaling, "limit": part_limit, "rank": part_rank}
+PARTS = {"step": part_step, "long": part_long, "trl": part_trl, "gather": part_gather,
+         "sample": part_sample, "scaling": part_scaling, "limit": part_limit, "rank": part_rank}
 
 
 def merge(path, name, result):
