@@ -267,10 +267,8 @@ class MicroBatch:
 def plan_micro_batches(lengths, tokens_per_forward):
     """Groups of indices whose lengths sum to at most the budget: first-fit, longest first.
 
-    A tree longer than the budget travels alone. As its memory is needed anyway, the other groups
-    may grow to its length too. Order within a group does not matter to the result.
+    A tree longer than the budget travels alone. Order within a group does not matter to the result.
     """
-    budget = max([tokens_per_forward, *lengths])
     groups, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         for g, space in enumerate(room):
@@ -279,7 +277,7 @@ def plan_micro_batches(lengths, tokens_per_forward):
         else:
             g = len(groups)
             groups.append([])
-            room.append(budget)
+            room.append(tokens_per_forward)
         groups[g].append(i)
         room[g] -= lengths[i]
     return groups
