@@ -108,8 +108,8 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
             mask = None if window is None else _causal_window(p + n, window, q.device)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                                  scale=scaling, enable_gqa=True)  # (1, A, p + n, D)
-            outputs.append(out if i == 0 else out[:, :, p:])
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None  # (1, T, A, D)
+            outputs.append((out if i == 0 else out[:, :, p:]).transpose(1, 2))
+    return torch.cat(outputs, dim=1), None  # (1, T, A, D)
 
 
 def _causal_window(length, window, device):
