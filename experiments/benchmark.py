@@ -9,7 +9,7 @@
     scaling  our step's time and memory against batch size, response length and responses a prompt
     limit    useful FLOP/s of our step over what bare matrix products reach; where the rest goes
     rank     rank.PairRM against llm-blender (benchmark_rank.py)
-    figure   draws results/benchmark.png from results/benchmark.json, and nothing else
+    figure   draws results/benchmark.png from results/benchmark.json and prints it as tables
 
 Method. Every measured run is a process of its own, so its peak resident memory is its own; the
 processes run one after another, in alternation A B A B, and a result is a ratio of medians. All use
@@ -482,15 +482,18 @@ def worker_gather(settings):
 def part_gather(common, quick):
     """(c) time and memory by V and N, H of SmolLM2. Memory is what the call adds to its inputs.
 
-    The two slow ones run at the smallest N only: an hour would tell no more, as their time is
-    linear in N.
+    Row by row runs at the smallest V and N only, torch's own at the smallest N: they are so slow
+    that an hour would tell no more.
     """
-    methods, rows = ["ours", "textbook", "row by row", "torch fused"], []
+    rows = []
     for v in (4096,) if quick else (32768, 131072):
-        for i, n in enumerate((256, 512) if quick else (1024, 2048, 8192)):
+        for n in (256, 512) if quick else (1024, 2048, 8192):
             print(f"  V = {v}, N = {n}")
+            methods = ["ours", "textbook"]
+            methods += ["torch fused"] if n <= 1024 else []
+            methods += ["row by row"] if n <= 1024 and v <= 32768 else []
             sides = {m: ("gather", {**common, "method": m, "V": v, "N": n, "H": 576})
-                     for m in (methods if i == 0 else methods[:2])}
+                     for m in methods}
             for name, runs in alternate(sides, 1 if quick else 3).items():
                 rows.append({"method": name, "V": v, "N": n, **({"fits": False} if not runs else {
                     "seconds": statistics.median(r["seconds"] for r in runs),
@@ -731,11 +734,40 @@ def merge(path, name, result):
     os.replace(temporary, path)
 
 
+def table(results):
+    """The README's tables, in Markdown."""
+    lines = ["| part | against | speed-up | seconds, ours / theirs | peak memory, ours / theirs |",
+             "|---|---|---|---|---|"]
+    for part, against in (("step", "textbook step"), ("long", "textbook step, 1024 tokens"),
+                          ("trl", "TRL's DPOTrainer"), ("sample", "model.generate")):
+        r = results.get(part, {})
+        if r.get("speedup"):
+            a, b = r["ours"], r["theirs"]
+            lines.append(f"| `{part}` | {against} | **{r['speedup']:.2f}x** "
+                         f"| {a['seconds']:.1f} / {b['seconds']:.1f} | {a['peak_gib']:.2f} / "
+                         f"{b['peak_gib']:.2f} GiB = {a['peak_gib'] / b['peak_gib']:.2f} |")
+    if "gather" in results:
+        lines += ["", "| `gather`: V | N | method | seconds | GiB added |", "|---|---|---|---|---|"]
+        for r in results["gather"]["rows"]:
+            cells = (f"{r['seconds']:.2f} | {r['added_gib']:.2f}" if "seconds" in r else
+                     "does not fit | ")
+            lines.append(f"| {r['V']} | {r['N']} | {r['method']} | {cells} |")
+    if "scaling" in results:
+        lines += ["", "| `scaling` along | tokens a step | slope of seconds | peak GiB |",
+                  "|---|---|---|---|"]
+        for axis, points in results["scaling"]["axes"].items():
+            slope = results["scaling"]["slopes"][axis]["seconds_by_tokens"]
+            lines.append(f"| {axis.replace('_', ' ')} {points[0][axis]} to {points[-1][axis]} | "
+                         + " ".join(f"{p['tokens']:.0f}" for p in points) + f" | {slope:.2f} | "
+                         + " ".join(f"{p['peak_gib']:.2f}" for p in points) + " |")
+    return "\n".join(lines)
+
+
 def draw_bars(results, axes):
     """Ours = 1: how many times the time and memory the others take."""
     bars = []
-    for part, label in (("step", "textbook step"), ("trl", "TRL step"),
-                        ("sample", "model.generate")):
+    for part, label in (("step", "textbook\nstep"), ("long", "textbook\nlong"),
+                        ("trl", "TRL\nstep"), ("sample", "model.\ngenerate")):
         if results.get(part, {}).get("speedup"):
             memory = results[part]["memory_ratio"] if part != "sample" else None
             bars.append((label, results[part]["speedup"], memory and 1 / memory))
@@ -754,7 +786,7 @@ def draw_gather(rows, axes, key, label):
             points = [r for r in rows if r["method"] == method and r["V"] == v and key in r]
             color = f"C{list(dict.fromkeys(r['method'] for r in rows)).index(method)}"
             axes.plot([p["N"] for p in points], [p[key] for p in points], style, color=color,
-                      marker=".", label=f"{method}, V = {v}")
+                      marker="o" if v < 100_000 else "s", label=f"{method}, V = {v}")
     axes.set(title=f"Log-prob gathering: {label}", xlabel="response tokens N", ylabel=label,
              xscale="log", yscale="log")
     axes.legend(fontsize=7)
@@ -830,6 +862,7 @@ def main():
     if (folder / "benchmark.json").exists() and (
             "figure" in args.parts or args.results or not args.quick):
         figure(folder)
+        print(table(json.loads((folder / "benchmark.json").read_text())))
     print("\n".join(lines))
 
 
