@@ -49,8 +49,9 @@ def token_logps(hidden, weight, targets, bias=None, softcap=None, chunk_tokens=2
     """log softmax(hidden @ weight.T + bias)[n, targets[n]] for every n, without the (N, V) logits.
 
     Forward needs one number a row beside the target's logit: log p = logit[target] - logsumexp.
-    Backward needs softmax(logits) again; recomputing it costs one more matmul (4 instead of 3), and
-    peak memory falls from several N x V to one chunk_tokens x V, however large the batch is.
+    Backward needs softmax(logits) again; recomputing it (all but the first chunk) costs up to one
+    more matmul, 4 instead of 3, and peak memory falls from several N x V to one chunk_tokens x V,
+    however large the batch is.
 
     hidden (N, H), weight (V, H), targets (N,) int64, bias (V,) or None; softcap: Gemma's
     cap * tanh(logits / cap), or None. Returns (N,) in fp32 (fp64 for fp64 inputs).
@@ -108,44 +109,49 @@ class _TokenLogps(torch.autograd.Function):
         # Autocast would round the fp32 logits back to bf16 behind our back.
         with torch.autocast(hidden.device.type, enabled=False):
             compute_weight = weight.to(compute_dtype)
-            logsumexps, target_logits = [], []
             buffer = _TokenLogps._buffer(hidden, weight, compute_dtype, chunk_tokens)
-            for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens)):
+            target_logits, largest, exp_sum = buffer.new_empty(3, len(hidden), 1)  # (N, 1) each
+            # Last chunk first: the backward pass starts with the first chunk and finds its
+            # exponentials still in the buffer. That saves a product, and the peak stays.
+            for start in reversed(range(0, len(hidden), chunk_tokens)):
+                rows = slice(start, start + chunk_tokens)
                 lm_logits = _TokenLogps._lm_logits(
-                    h.to(compute_dtype), compute_weight, bias, softcap, buffer)  # (chunk, V)
-                target_logits.append(lm_logits.gather(1, t[:, None]).squeeze(1))
-                largest = lm_logits.amax(1, keepdim=True)  # torch.logsumexp, but in place
-                exp_sum = lm_logits.sub_(largest).exp_().sum(1)
-                logsumexps.append(exp_sum.log_().add_(largest.squeeze(1)))
-            empty = buffer.new_zeros(0)
-            logsumexp = torch.cat([empty, *logsumexps])  # (N,)
-            target_logits = torch.cat([empty, *target_logits])
-        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
+                    hidden[rows].to(compute_dtype), compute_weight, bias, softcap, buffer)
+                target_logits[rows] = lm_logits.gather(1, targets[rows, None])
+                largest[rows] = lm_logits.amax(1, keepdim=True)  # torch.logsumexp, but in place
+                exp_sum[rows] = lm_logits.sub_(largest[rows]).exp_().sum(1, keepdim=True)
+        ctx.save_for_backward(hidden, weight, bias, targets, largest, exp_sum)
+        ctx.first_exps = lm_logits if softcap is None and len(hidden) else None
         ctx.settings = softcap, compute_dtype, chunk_tokens
-        return target_logits - logsumexp
+        return (target_logits - (exp_sum.log() + largest)).squeeze(1)
 
     @staticmethod
     def backward(ctx, grad_logps):
         """d logp[n] / d logits[n] = onehot(target) - softmax(logits[n]); then two matmuls."""
-        hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
+        hidden, weight, bias, targets, largest, exp_sum = ctx.saved_tensors
         softcap, compute_dtype, chunk_tokens = ctx.settings
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        sum_dtype = logsumexp.dtype
+        sum_dtype = exp_sum.dtype
         compute_weight = weight.to(compute_dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         # One accumulator for all chunks. addmm_ adds to it in place, as a (V, H) temporary a chunk
         # costs more than the chunk's logits; only a sum wider than its inputs (bf16) needs one.
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if need_bias else None
-        buffer = _TokenLogps._buffer(hidden, weight, compute_dtype, chunk_tokens)
+        # Taken once: they are overwritten below, and a second backward pass computes its own.
+        exps, ctx.first_exps = ctx.first_exps, None
+        buffer = (_TokenLogps._buffer(hidden, weight, compute_dtype, chunk_tokens)
+                  if exps is None else exps.t().view(-1))
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], chunk_tokens):
-                rows = slice(start, start + chunk_tokens)
+                rows, cap_slope = slice(start, start + chunk_tokens), None
                 h, g = hidden[rows].to(compute_dtype), grad_logps[rows, None].to(sum_dtype)
-                lm_logits = _TokenLogps._lm_logits(h, compute_weight, bias, softcap, buffer)
-                # The derivative of the cap needs the capped logits, which exp_ is about to destroy.
-                cap_slope = None if softcap is None else 1 - (lm_logits / softcap) ** 2
-                grad_logits = lm_logits.sub_(logsumexp[rows, None]).exp_().mul_(-g)  # (chunk, V)
+                if start or exps is None:
+                    lm_logits = _TokenLogps._lm_logits(h, compute_weight, bias, softcap, buffer)
+                    if softcap is not None:  # its derivative needs the logits exp_ will destroy
+                        cap_slope = 1 - (lm_logits / softcap) ** 2
+                    exps = lm_logits.sub_(largest[rows]).exp_()
+                grad_logits = exps.mul_(-g / exp_sum[rows])  # (chunk, V), of softmax = exps / sum
                 grad_logits.scatter_add_(1, targets[rows, None], g)
                 if cap_slope is not None:
                     grad_logits *= cap_slope
