@@ -45,7 +45,7 @@ def textbook_token_logps(hidden, weight, targets, bias=None, softcap=None):
     return lm_logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)  # (N,)
 
 
-def token_logps(hidden, weight, targets, bias=None, softcap=None, chunk_tokens=256):
+def token_logps(hidden, weight, targets, bias=None, softcap=None, chunk_tokens=512):
     """log softmax(hidden @ weight.T + bias)[n, targets[n]] for every n, without the (N, V) logits.
 
     Forward needs one number a row beside the target's logit: log p = logit[target] - logsumexp.

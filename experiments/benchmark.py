@@ -693,7 +693,7 @@ def by_kind(events):
 def part_limit(common, quick):
     """(f) our FLOP/s over the bare products' FLOP/s, both from one process; median of processes."""
     settings = {**common, "alpha": ALPHA, "prompts": 2 if quick else 4, "steps": 1 if quick else 3,
-                "tokens": 256 if quick else 768, "max_length": 96 if quick else 512, "chunk": 256,
+                "tokens": 256 if quick else 768, "max_length": 96 if quick else 512, "chunk": 512,
                 "max_prompt": 48 if quick else 128, "compile": compiler()}
     runs = alternate({"limit": ("limit", settings)}, 1 if quick else 3)["limit"]
     run = sorted(runs, key=lambda r: r["reached"] / r["rate"])[len(runs) // 2]
