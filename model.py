@@ -19,8 +19,10 @@ A attention heads, D size of one head.
 """
 
 import ctypes
+import json
 import os
 import shutil
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -335,3 +337,37 @@ def save_policy(policy, tokenizer, folder):
         os.replace(temporary, folder)
     if distributed:
         torch.distributed.barrier()
+
+
+def save_checkpoint(folder, policy, optimizer, history):
+    """Everything that training needs to go on after an update; replaces the folder's siblings.
+
+    The folder appears whole. All processes call this together and each writes its own shards; any
+    number of processes can read them. history: what the caller wants back, as JSON.
+    """
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    several, temporary = torch.distributed.is_initialized(), f"{folder}.tmp"
+    weights, moments = get_state_dict(policy, optimizer)
+    state = {"policy": weights, "optimizer": moments, "history": json.dumps(history)}
+    with warnings.catch_warnings(action="ignore"):  # it finds a single process worth a warning
+        checkpoint.save(state, checkpoint_id=temporary)
+    if not several or torch.distributed.get_rank() == 0:
+        os.replace(temporary, folder)
+        for older in set(Path(folder).parent.iterdir()) - {Path(folder)}:
+            shutil.rmtree(older)
+    if several:
+        torch.distributed.barrier()
+
+
+def load_checkpoint(folder, policy, optimizer):
+    """Puts a checkpoint's state into policy and optimiser, in place -> its history."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    weights, moments = get_state_dict(policy, optimizer)
+    state = {"policy": weights, "optimizer": moments, "history": ""}
+    with warnings.catch_warnings(action="ignore"):
+        checkpoint.load(state, checkpoint_id=folder)
+    set_state_dict(policy, optimizer, model_state_dict=state["policy"],
+                   optim_state_dict=state["optimizer"])
+    return json.loads(state["history"])

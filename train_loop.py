@@ -11,7 +11,7 @@ What the textbook loop has and this one deleted: the reference model (its log-pr
 disk), the padding, the logits, the second and third forward pass, the trainer.
 
 Every phase leaves a file that appears whole; the same command after a kill goes on after the last
-finished one. No formula lives here.
+finished one (--save-every: after the last checkpoint). No formula lives here.
 
     python train_loop.py                                   the toy world, a minute or two
     python train_loop.py --model zephyr-7b-sft --dry-run   what the paper's run would do
@@ -34,7 +34,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import data
@@ -105,7 +104,7 @@ def parse_args(argv=None):
     add("--offline-first", action=argparse.BooleanOptionalAction,
         help="the first portion is plain offline DPO, as in the Zephyr recipe")
     add("--prompts-per-iteration", type=int, help="at most so many prompts a portion")
-    add("--responses-per-prompt", type=int, default=1, 
+    add("--responses-per-prompt", type=int, default=1,
         help="fresh samples that join the data's two")
     add("--length-penalty", type=float, default=0.0, help="score minus this, a token")
     add = parser.add_argument_group("optimiser").add_argument
@@ -136,6 +135,8 @@ def parse_args(argv=None):
     add("--dtype", choices=["fp32", "bf16"],
         help="bf16: autocast over fp32 master weights; from the device")
     add = parser.add_argument_group("the run").add_argument
+    add("--save-every", type=int, default=0, metavar="UPDATES", help="keep a checkpoint inside the "
+        "training phase too (12 bytes a parameter); 0: a kill repeats the phase")
     add("--eval-prompts", type=int, help="held-out prompts for the evaluation; 0: none")
     add("--baseline", action=argparse.BooleanOptionalAction,
         help="also run alpha = 0 from the same start and seeds")
@@ -183,6 +184,7 @@ def fill_from_recipe(args):
         (args.temperature >= 0, f"--temperature {args.temperature}: must not be negative"),
         (not (args.ranker == "human" and WORLD > 1), "--ranker human: judge in a single process"),
         (args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here")]
+    checks += [(args.save_every >= 0, f"--save-every {args.save_every}: must be 0 or positive")]
     checks += [(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
                for name in ("iterations", "responses_per_prompt", "batch_size", "epochs", "seeds",
                             "max_prompt_length", "max_new_tokens", "tokens_per_forward", "slots")]
@@ -418,17 +420,32 @@ def lr_factor(step, steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup + 1) / (steps - warmup + 1)))
 
 
-def train(args, policy, trees, iteration, lr, alpha, check_start):
-    """One iteration's updates of the policy; returns a metrics row a step."""
+def newest_checkpoint(folder):
+    """The last whole one, or None; all processes get rank 0's answer."""
+    answer = [max(folder.glob("*[0-9]"), default=None)]
+    if WORLD > 1:
+        dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def train(args, policy, trees, iteration, lr, alpha, check_start, checkpoints=None):
+    """One iteration's updates of the policy; returns a metrics row a step.
+
+    checkpoints: the folder where --save-every keeps the newest one, and finds it after a kill.
+    """
     epochs = [plan_steps(args, trees, stream(args.seed, iteration, e)) for e in range(args.epochs)]
     steps = [step for epoch in epochs for step in epoch]
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=tuple(args.adam_betas),
                                   eps=args.adam_eps, weight_decay=0.0, fused=True)
-    schedule = LambdaLR(optimizer, lambda step: lr_factor(step, len(steps)))
-    history, worst = [], 0.0
-    bar = tqdm(steps, desc="train", unit="step", leave=False, disable=RANK > 0)
-    for step, (examples, groups) in enumerate(bar):
+    history, worst, checkpoint = [], 0.0, checkpoints and newest_checkpoint(checkpoints)
+    if checkpoint:
+        history = policies.load_checkpoint(checkpoint, policy, optimizer)
+        say(f"training goes on after update {len(history)} of {len(steps)}")
+    bar = tqdm(steps[len(history):], desc="train", unit="step", leave=False, disable=RANK > 0,
+               initial=len(history), total=len(steps))
+    for step, (examples, groups) in enumerate(bar, len(history)):
+        optimizer.param_groups[0]["lr"] = lr * lr_factor(step, len(steps))
         totals = {}
         for group in groups:
             logps = forward(args, policy, trees, group)
@@ -457,10 +474,11 @@ def train(args, policy, trees, iteration, lr, alpha, check_start):
             raise FloatingPointError(f"iteration {iteration}, step {step}: the loss or gradient is "
                                      "not finite; lower --lr. Finished phases are kept")
         history.append({"iteration": iteration, "phase": "train", "step": step,
-                        "lr": schedule.get_last_lr()[0], "grad_norm": norm.item(), **totals})
+                        "lr": lr * lr_factor(step, len(steps)), "grad_norm": norm.item(), **totals})
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
+        if checkpoints and (step + 1) % args.save_every == 0 and step + 1 < len(steps):
+            policies.save_checkpoint(checkpoints / f"{step + 1:06d}", policy, optimizer, history)
         bar.set_postfix(loss=f"{totals['loss']:.3f}", accuracy=f"{totals['accuracy']:.2f}")
     return history
 
@@ -588,15 +606,18 @@ def learn(args, here, path, start, chat, iteration, lr, alpha, folder):
         finish(here / "pairs.jsonl", rows)
     for tree, candidates in pairs:
         tree.ref_logps = [candidate["ref_logp"] for candidate in candidates]
-    history = train(args, policy, trees, iteration, lr, alpha, check_start=not anchored)
+    history = train(args, policy, trees, iteration, lr, alpha, not anchored,
+                    here / "checkpoints" if args.save_every else None)
     log_metrics(folder, history)
     policies.save_policy(policy, chat.tokenizer, here / "policy")
+    if RANK == 0:
+        shutil.rmtree(here / "checkpoints", ignore_errors=True)
 
 
 def open_run(args, folder, alpha):
     """Makes the folder, or recognises a run to go on with. ValueError if it was another one."""
     free_to_change = ("fresh", "dry_run", "run_dir", "baseline", "seeds", "slots",
-                      "tokens_per_forward", "compile", "use_flex")
+                      "save_every", "tokens_per_forward", "compile", "use_flex")
     settings = {name: str(value) for name, value in (vars(args) | {"alpha": alpha}).items()
                 if name not in free_to_change}
     path = folder / "config.json"

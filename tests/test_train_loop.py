@@ -323,6 +323,35 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(command, tmp_path, mo
     train_loop.main(again)
 
 
+@pytest.mark.parametrize("extra", [[], ["--lora-rank", "2"]], ids=" ".join)
+def test_a_run_killed_between_two_updates_goes_on_from_its_checkpoint(
+        extra, command, tmp_path, monkeypatch):
+    """A checkpoint without Adam's moments, a schedule that starts over, an update taken twice."""
+    command += [*extra, "--iterations", "1", "--epochs", "3", "--save-every", "2"]
+    train_loop.main(command)
+    assert not (tmp_path / "run/iter_1/checkpoints").exists()
+    again = [a.replace("/run", "/killed") for a in command]
+    save, group_loss, updates = policies.save_checkpoint, train_loop.group_loss, []
+
+    def save_and_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(policies, "save_checkpoint", save_and_die)
+    for _ in range(2):  # after updates 2 and 4 of 6
+        with pytest.raises(KeyboardInterrupt):
+            train_loop.main(again)
+    assert [f.name for f in (tmp_path / "killed/iter_1/checkpoints").iterdir()] == ["000004"]
+    monkeypatch.setattr(policies, "save_checkpoint", save)
+    monkeypatch.setattr(train_loop, "group_loss",
+                        lambda *args: updates.append(args) or group_loss(*args))
+    train_loop.main(again)
+    assert len(updates) == 2
+    assert same(weights(tmp_path / "killed", 1), weights(tmp_path / "run", 1))
+    one, two = ([r for r in rows(tmp_path / f"{run}/metrics.jsonl") if r["phase"] == "train"]
+                for run in ("run", "killed"))
+    assert one == two
+
+
 def test_drops_are_counted_by_reason(command, tmp_path, capsys):
     """Examples that vanish: an empty response, or candidates that the judge cannot tell apart."""
     preferences = rows(tmp_path / "p.jsonl")
