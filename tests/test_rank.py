@@ -1,4 +1,4 @@
-"""Tests of rank.py. The oracle for PairRM is llm-blender 0.0.2 itself, on random scaled-up weights.
+"""Tests of rank.py and pairrm.py. PairRM's oracle: llm-blender 0.0.2 on random scaled-up weights.
 
 The set-up (a tokenizer trained here, a small PairRM, the same weights as an llm_blender.Blender)
 comes from experiments/benchmark_rank.py, which times the two against each other.
@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import rank
-from rank import (HumanJudge, PairRM, RewardModel, check_scores, choose_pair, length_batches,
-                  load_ranker, pairrm_texts)
+from pairrm import PairRM, length_batches, pairrm_texts
+from rank import HumanJudge, RewardModel, check_scores, choose_pair, load_ranker
 
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("benchmark_rank",

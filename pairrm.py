@@ -1,0 +1,283 @@
+"""PairRM by hand: a prompt and two candidates in, which is better out.
+
+PairRM (LLM-Blender, arXiv 2306.02561) is a DeBERTa-v3-large that reads a prompt and TWO candidates,
+
+    [CLS]<|source|> prompt [SEP] [CLS]<|candidate1|> first [SEP] [CLS]<|candidate2|> second [SEP]
+
+takes its last hidden states h at the three markers, and puts each candidate through one small head:
+
+    s1 = head([h_source; h_candidate1])    s2 = head([h_source; h_candidate2])    M = mean(s1 - s2)
+
+M > 0: the first is better. It is not antisymmetric (the model prefers sides), so every ordered pair
+is asked, n(n-1) of them, and the score of candidate i is  mean_j (M[i, j] - M[j, i]).  The scores
+compare candidates of ONE prompt; between prompts they mean nothing.
+
+llm-blender 0.0.2 batches in arrival order and cuts a text by what else is in its batch. Here all
+pairs of all prompts stand in one queue sorted by length, each example is cut by itself, identical
+candidates are never compared, and attention moves half the memory (`disentangled_attention`).
+
+Leaves everything else about judging to rank.py, its only user.
+Test: pytest tests/test_rank.py.  Speed: experiments/benchmark_rank.py.
+
+Legend: B prompts, K candidates of one, R rows (pairs) of a forward pass, T tokens of the longest,
+H hidden size, h attention heads, d = H / h, P relative-position embeddings.
+"""
+
+import functools
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------
+# 1. Messages to PairRM's texts, and a queue without padding
+# ----------------------------------------------------------------------------------------------
+
+
+def pairrm_texts(prompt, candidates):
+    """Message list and K candidates -> (source, K texts), in llm-blender's own formats.
+
+    One user turn: the raw text, never the chat-templated one, which PairRM was not trained on.
+    Several: llm-blender's `compare_conversations`: the source asks to fill in <Response i>, each
+    candidate repeats the earlier responses. (`coversation` is spelt as PairRM saw it in training.)
+    A system message goes before the source, as llm-blender's `instructions` do.
+    https://github.com/yuchenlin/LLM-Blender/blob/main/llm_blender/blender/blender.py
+    """
+    system = "".join(turn["content"] + "\n" for turn in prompt if turn["role"] == "system")
+    turns = [turn for turn in prompt if turn["role"] != "system"]
+    roles = [turn["role"] for turn in turns]
+    if len(turns) % 2 == 0 or roles != (["user", "assistant"] * len(turns))[:len(turns)]:
+        raise ValueError(f"PairRM needs user, assistant, ..., user turns; this prompt has {roles}")
+    if len(turns) == 1:
+        return system + turns[0]["content"], list(candidates)
+    users, responses = ([turn["content"] for turn in turns[start::2]] for start in (0, 1))
+    source = ("Finish the following coversation in each i-th turn by filling in <Response i> with "
+              "your response." + "\n".join(f"USER: {text}\nAssistant: <Response {i}>"
+                                           for i, text in enumerate(users, 1)))
+    return system + source, ["\n".join(f"<Response {i}>: {text}" for i, text
+                                       in enumerate([*responses, last], 1)) for last in candidates]
+
+
+def length_batches(lengths, tokens_per_forward):
+    """Indices in batches of like length, longest first: rows x longest <= tokens_per_forward.
+
+    Sorted, neighbours differ by a token or two, so padding is about nothing; longest first, an
+    out-of-memory error comes in the first second and not in the last hour.
+    """
+    batch = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_forward:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def pad_rows(rows, pad_id):
+    """R int tensors (t,) -> ids (R, T) int64, mask (R, T) int64: 1 where there is a token."""
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id).long()
+    return ids, (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
+
+
+def distinct(texts):
+    """["a", "b", "a"] -> (the distinct texts ["a", "b"], the place of each text [0, 1, 0])."""
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return list(place), [place[text] for text in texts]
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. PairRM
+# ----------------------------------------------------------------------------------------------
+
+
+def disentangled_attention(self, hidden_states, attention_mask, output_attentions=False,
+                           query_states=None, relative_pos=None, rel_embeddings=None):
+    """DeBERTa's attention (arXiv 2006.03654, Eq. 4), half the memory traffic of transformers' own.
+
+        scores[i, j] = (q_i . k_j  +  q_i . K[bucket(i - j)]  +  k_j . Q[bucket(i - j)]) / sqrt(3 d)
+
+    K and Q are the P position embeddings through the key and query projections. What is saved are
+    passes over (R, h, T, T) arrays: 1 / sqrt(3 d) goes into the queries; the third term is gathered
+    in place (rows of a (P, T) table) and not transposed; the rest is one fused attention call with
+    the two position terms as its bias. Replaces DisentangledSelfAttention.forward, same arguments.
+    """
+    split = lambda x: x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+    scale = 1 / math.sqrt(3 * self.attention_head_size)
+    query = split(self.query_proj(hidden_states)) * scale  # (R, h, T, d)
+    key, value = split(self.key_proj(hidden_states)), split(self.value_proj(hidden_states))
+    position_query = split(self.query_proj(rel_embeddings)[None]) * scale  # (1, h, P, d)
+    position_key = split(self.key_proj(rel_embeddings)[None])
+    span = self.pos_ebd_size
+    bucket = (relative_pos.squeeze() + span).clamp(0, 2 * span - 1)  # (T, T) of i - j, in [0, P)
+    bucket = bucket.expand(*query.shape[:2], *bucket.shape[-2:])  # (R, h, T, T), no memory
+    bias = (query @ position_key.mT).gather(-1, bucket)  # (R, h, T, P) -> (R, h, T, T)
+    bias += (position_query @ key.mT).gather(-2, bucket)  # (R, h, P, T) -> (R, h, T, T)
+    # The mask is (R, 1, T, T); its first row, that of [CLS], says which tokens are real.
+    bias.masked_fill_(attention_mask[:, :, :1] == 0, torch.finfo(bias.dtype).min)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+    return context.transpose(1, 2).flatten(-2), None  # (R, T, H)
+
+
+class PairRM(nn.Module):
+    """PairRM's inference; parameters are named as in llm-blender's checkpoints.
+
+    config: DebertaV2Config; tokenizer: DeBERTa-v2 style ([CLS] text [SEP]). Use `load` for weights.
+    """
+
+    # The order in which llm-blender adds them to DeBERTa's 128,001 tokens: ids 128001 to 128004.
+    MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
+    SOURCE_TOKENS, TOTAL_TOKENS = 1224, 2048
+
+    def __init__(self, config, tokenizer, n_tasks=1):
+        super().__init__()
+        from transformers import DebertaV2Model
+        self.pretrained_model = DebertaV2Model(config)
+        size = config.hidden_size
+        self.head_layer = nn.Sequential(  # dropout does nothing here, but owns the indices 0 and 3
+            nn.Dropout(), nn.Linear(2 * size, size), nn.Tanh(),
+            nn.Dropout(), nn.Linear(size, n_tasks))
+        if (getattr(config, "share_att_key", False) and config.relative_attention
+                and set(config.pos_att_type or ()) == {"c2p", "p2c"}):  # PairRM; else stay slow
+            for layer in self.pretrained_model.encoder.layer:
+                attention = layer.attention.self
+                attention.forward = functools.partial(disentangled_attention, attention)
+        tokenizer.add_tokens(list(self.MARKERS))  # no-op where they exist
+        self.tokenizer, self.tokens_per_forward = tokenizer, 8192
+        self.marker_ids = tokenizer.convert_tokens_to_ids(list(self.MARKERS))
+        expected = getattr(config, "source_prefix_id", self.marker_ids[0])
+        if max(self.marker_ids) >= config.vocab_size or expected != self.marker_ids[0]:
+            raise ValueError(f"tokenizer and weights do not belong together: markers are "
+                             f"{self.marker_ids}, <|source|> was trained as {expected}, and there "
+                             f"are {config.vocab_size} embeddings")
+        self.eval()
+
+    @classmethod
+    def load(cls, name, device="cpu"):
+        """PairRM from a folder or hub id: bf16 body on CUDA, fp32 elsewhere; the head always fp32.
+
+        Only safetensors: a .bin is a pickle, and unpickling runs whatever code is in it.
+        """
+        from safetensors.torch import load_file
+        folder, what = local_folder(name, f"pairrm:{name}"), f"pairrm:{name}"
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{what}: no .safetensors file (.bin is refused: it can run code). "
+                             "Convert it, or use pairrm:llm-blender/PairRM-hf")
+        state = {key: value for file in files for key, value in load_file(file).items()}
+        words, last = "pretrained_model.embeddings.word_embeddings.weight", "head_layer.4.weight"
+        if words not in state or last not in state:
+            raise ValueError(f"{what}: not a PairRM, it lacks {words} or {last}. "
+                             f"If it is a reward model, use reward:{name}")
+        try:
+            config, tokenizer = cls._config_and_tokenizer(folder)
+        except (OSError, KeyError) as error:
+            raise ValueError(f"{what}: no usable config.json or tokenizer "
+                             f"({str(error).splitlines()[0]})") from None
+        config.vocab_size = state[words].shape[0]
+        model = cls(config, tokenizer, n_tasks=state[last].shape[0])
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        unexpected = [key for key in unexpected if not key.endswith("position_ids")]  # old buffer
+        if missing or unexpected:
+            raise ValueError(f"{what}: its weights do not fit its config.json: missing "
+                             f"{missing[:3]}, unexpected {unexpected[:3]}")
+        if torch.device(device).type == "cuda":
+            model.pretrained_model.bfloat16()
+        model.head_layer.float()
+        return model.to(device)
+
+    @staticmethod
+    def _config_and_tokenizer(folder):
+        """llm-blender/PairRM-hf holds a DeBERTa config. llm-blender/PairRM holds llm-blender's own,
+        whose model_type "deberta" transformers would read as DeBERTa v1: there the architecture,
+        and the tokenizer if it has none, come from the base model that it names."""
+        from transformers import AutoTokenizer, DebertaV2Config, PreTrainedTokenizerFast
+        raw = json.loads((folder / "config.json").read_text())
+        base = raw["model_name"] if "ranker_type" in raw else folder
+        if (folder / "tokenizer.json").exists():
+            # Exactly the stored pipeline. The DebertaV2Tokenizer of transformers 5 would rebuild it
+            # from the vocabulary and drop SentencePiece's character normalisation.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(base)
+        return DebertaV2Config.from_pretrained(base), tokenizer
+
+    def encode(self, source, candidates):
+        """Texts -> (source ids, K lists of candidate ids), every candidate with the FIRST marker.
+
+        The source may take 1224 tokens, each candidate half of what it leaves of 2048; cuts are on
+        the right and keep the [SEP]. llm-blender cuts the same way at batch size 1; in a larger
+        batch it gives every candidate the room that the longest source leaves.
+        """
+        # A text that contains [SEP] or a marker would move the places where the head looks.
+        # DEVIATION: llm-blender blanks [SEP] only, and fails on a marker.
+        unsafe = re.compile("|".join(map(re.escape, (self.tokenizer.sep_token, *self.MARKERS))))
+        texts = [self.MARKERS[0] + unsafe.sub(" ", source)]
+        texts += [self.MARKERS[1] + unsafe.sub(" ", text) for text in candidates]
+        ids = self.tokenizer(texts, verbose=False)["input_ids"]
+        assert all(row[1] in self.marker_ids for row in ids), "want a tokenizer with [CLS]<marker>"
+        cut = lambda row, room: torch.tensor(  # int32: as a list of ints, ten times the memory
+            row if len(row) <= room else row[:room - 1] + row[-1:], dtype=torch.int32)
+        source_ids = cut(ids[0], self.SOURCE_TOKENS)
+        room = (self.TOTAL_TOKENS - len(source_ids)) // 2
+        return source_ids, [cut(row, room) for row in ids[1:]]
+
+    def forward(self, rows):
+        """R rows (source ids, first ids, second ids), int (t,) each -> logits (R,) fp32."""
+        device = self.head_layer[1].weight.device
+        lengths = torch.tensor([[len(segment) for segment in row] for row in rows])  # (R, 3)
+        markers = lengths.cumsum(1) - lengths + 1  # (R, 3) the place after each segment's [CLS]
+        each = torch.arange(len(rows))
+        ids, mask = pad_rows([torch.cat(row) for row in rows], self.tokenizer.pad_token_id)
+        ids[each, markers[:, 2]] = self.marker_ids[2]  # `encode` gave it the first one's marker
+        ids, mask = ids.to(device), mask.to(device)  # (R, T)
+        hidden = self.pretrained_model(ids, mask).last_hidden_state  # (R, T, H)
+        source, first, second = hidden[each[:, None], markers].float().unbind(1)  # (R, H) each
+        difference = (self.head_layer(torch.cat([source, first], -1))
+                      - self.head_layer(torch.cat([source, second], -1)))  # (R, n_tasks)
+        return difference.mean(-1)
+
+    @torch.inference_mode()
+    def scores(self, prompts, candidates, progress=False):
+        """The ranker: B message lists, B lists of K_b strings -> B lists of K_b floats.
+
+        Exactly llm-blender's mean over ALL n candidates, also where some are identical: M[i, j] -
+        M[j, i] is 0 for two identical texts, so these are filled in without asking.
+        """
+        places, segments, queue = [], [], []
+        for b, (prompt, texts) in enumerate(zip(prompts, candidates, strict=True)):
+            texts, place = distinct(texts)
+            source, texts = pairrm_texts(prompt, texts)
+            source_ids, candidate_ids = self.encode(source, texts)
+            places.append(place)
+            segments.append((source_ids, candidate_ids))
+            queue += [(b, i, j) for i, j in itertools.permutations(range(len(texts)), 2)]
+        row = lambda b, i, j: (segments[b][0], segments[b][1][i], segments[b][1][j])
+        lengths = [sum(map(len, row(*pair))) for pair in queue]
+        matrices = [torch.zeros(len(ids), len(ids)) for _, ids in segments]  # M, 0 on the diagonal
+        with tqdm(total=len(queue), desc="PairRM", unit="pair", disable=not progress) as bar:
+            for batch in length_batches(lengths, self.tokens_per_forward):
+                for index, logit in zip(batch, self([row(*queue[i]) for i in batch]).tolist()):
+                    b, i, j = queue[index]
+                    matrices[b][i, j] = logit
+                bar.update(len(batch))
+        return [(M - M.T)[place][:, place].mean(1).tolist() for M, place in zip(matrices, places)]
+
+
+def local_folder(name, what):
+    """`name` itself if it is a folder, else the hub's snapshot of it, without .bin files."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the hub raises a dozen kinds; all mean the same to the user
+        raise ValueError(f"{what}: neither a folder here nor a model that the hub would give "
+                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
