@@ -343,7 +343,8 @@ def save_checkpoint(folder, policy, optimizer, history):
     """Everything that training needs to go on after an update; replaces the folder's siblings.
 
     The folder appears whole. All processes call this together and each writes its own shards; any
-    number of processes can read them. history: what the caller wants back, as JSON.
+    number of processes can read them. history: what the caller wants back, as JSON. Errors:
+    OSError, on all processes alike.
     """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -351,7 +352,11 @@ def save_checkpoint(folder, policy, optimizer, history):
     weights, moments = get_state_dict(policy, optimizer)
     state = {"policy": weights, "optimizer": moments, "history": json.dumps(history)}
     with warnings.catch_warnings(action="ignore"):  # it finds a single process worth a warning
-        checkpoint.save(state, checkpoint_id=temporary)
+        try:
+            checkpoint.save(state, checkpoint_id=temporary)
+        except checkpoint.CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            raise OSError(f"no checkpoint could be written to {folder}: {reason}") from None
     if not several or torch.distributed.get_rank() == 0:
         os.replace(temporary, folder)
         for older in set(Path(folder).parent.iterdir()) - {Path(folder)}:

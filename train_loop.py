@@ -146,7 +146,7 @@ def parse_args(argv=None):
 
 
 def fill_from_recipe(args):
-    """Completes the flags that were not given, and refuses what cannot work. Errors: ValueError."""
+    """Completes the flags that were not given, from the recipe. Errors: ValueError."""
     if args.model not in RECIPES and "/" not in args.model and not Path(args.model).exists():
         raise ValueError(f"--model {args.model}: no such recipe, folder or file; the recipes are "
                          f"{', '.join(RECIPES)}, and a hub id has the form org/name")
@@ -169,6 +169,12 @@ def fill_from_recipe(args):
     if own_lr is None or len(args.lr) == 1:  # a recipe's rates, cut or continued by its last one
         args.lr = (args.lr + args.lr[-1:] * args.iterations)[:args.iterations]
     args.use_flex = False  # decided by check_forward
+    check_flags(args, own_data)
+    return args
+
+
+def check_flags(args, own_data):
+    """Refuses what cannot work whatever the files hold. Errors: ValueError."""
     checks = [
         (not (args.variant and own_data), "--data: the toy makes its own; give --model as well"),
         (args.alpha >= 0, f"--alpha {args.alpha}: must be 0 (iterative DPO) or positive"),
@@ -191,7 +197,6 @@ def fill_from_recipe(args):
     for fine, message in checks:
         if not fine:
             raise ValueError(message)
-    return args
 
 
 # ----------------------------------------------------------------------------------------------
@@ -420,6 +425,36 @@ def lr_factor(step, steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup + 1) / (steps - warmup + 1)))
 
 
+def accumulate(args, policy, trees, groups, examples, alpha):
+    """The gradient of one batch, by micro-batches -> its mean metrics, and how far the farthest
+    log-prob is from its reference, in nats."""
+    totals, farthest = {}, 0.0
+    for group in groups:
+        logps = forward(args, policy, trees, group)
+        if not group:
+            (0.0 * logps.sum()).backward()
+            continue
+        losses, metrics = group_loss(args, alpha, trees, group, logps)
+        # Sum over micro-batches of sum / batch: the same gradient as one full batch. FSDP averages
+        # over processes, hence WORLD.
+        (losses.sum() * WORLD / examples).backward()
+        for name, values in metrics.items():
+            totals[name] = totals.get(name, 0.0) + values.sum().item() / examples
+        ref = torch.tensor([x for i in group for x in trees[i].ref_logps])
+        farthest = max(farthest, (logps.detach().cpu() - ref).abs().max().item())
+    return sum_over_processes(totals), farthest
+
+
+def check_step_zero(args, loss, farthest):
+    """Before the first update the policy IS the reference. RuntimeError if it is not."""
+    # The loss must be ln 2, but at beta 0.01 it hides errors of whole nats: look at those too.
+    allowed = 1e-2 if args.dtype == "fp32" else 0.5
+    if not (abs(loss - math.log(2)) < 1e-3 and farthest < allowed):
+        raise RuntimeError(f"the loss at step 0 is {loss:.6f} (ln 2 is 0.693147) and a log-prob is "
+                           f"{farthest:.3g} nats off: policy and reference disagree, so no number "
+                           "after this could be trusted")
+
+
 def newest_checkpoint(folder):
     """The last whole one, or None; all processes get rank 0's answer."""
     answer = [max(folder.glob("*[0-9]"), default=None)]
@@ -438,7 +473,7 @@ def train(args, policy, trees, iteration, lr, alpha, check_start, checkpoints=No
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=tuple(args.adam_betas),
                                   eps=args.adam_eps, weight_decay=0.0, fused=True)
-    history, worst, checkpoint = [], 0.0, checkpoints and newest_checkpoint(checkpoints)
+    history, checkpoint = [], checkpoints and newest_checkpoint(checkpoints)
     if checkpoint:
         history = policies.load_checkpoint(checkpoint, policy, optimizer)
         say(f"training goes on after update {len(history)} of {len(steps)}")
@@ -446,28 +481,9 @@ def train(args, policy, trees, iteration, lr, alpha, check_start, checkpoints=No
                initial=len(history), total=len(steps))
     for step, (examples, groups) in enumerate(bar, len(history)):
         optimizer.param_groups[0]["lr"] = lr * lr_factor(step, len(steps))
-        totals = {}
-        for group in groups:
-            logps = forward(args, policy, trees, group)
-            if not group:
-                (0.0 * logps.sum()).backward()
-                continue
-            losses, metrics = group_loss(args, alpha, trees, group, logps)
-            if step == 0:
-                ref = torch.tensor([x for i in group for x in trees[i].ref_logps])
-                worst = max(worst, (logps.detach().cpu() - ref).abs().max().item())
-            # Sum over micro-batches of sum / batch: the same gradient as one full batch. FSDP
-            # averages over processes, hence WORLD.
-            (losses.sum() * WORLD / examples).backward()
-            for name, values in metrics.items():
-                totals[name] = totals.get(name, 0.0) + values.sum().item() / examples
-        totals = sum_over_processes(totals)
-        # The loss must be ln 2, but at beta 0.01 it hides errors of whole nats: look at those too.
-        if step == 0 and check_start and not (abs(totals["loss"] - math.log(2)) < 1e-3
-                                              and worst < (1e-2 if args.dtype == "fp32" else 0.5)):
-            raise RuntimeError(f"the loss at step 0 is {totals['loss']:.6f} (ln 2 is 0.693147) and "
-                               f"a log-prob is {worst:.3g} nats off: policy and reference disagree,"
-                               " so no number after this could be trusted")
+        totals, farthest = accumulate(args, policy, trees, groups, examples, alpha)
+        if step == 0 and check_start:
+            check_step_zero(args, totals["loss"], farthest)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not math.isfinite(totals["loss"] + norm.item()):
@@ -478,7 +494,11 @@ def train(args, policy, trees, iteration, lr, alpha, check_start, checkpoints=No
         optimizer.step()
         optimizer.zero_grad()
         if checkpoints and (step + 1) % args.save_every == 0 and step + 1 < len(steps):
-            policies.save_checkpoint(checkpoints / f"{step + 1:06d}", policy, optimizer, history)
+            try:
+                policies.save_checkpoint(checkpoints / f"{step + 1:06d}", policy, optimizer,
+                                         history)
+            except OSError as error:  # no reason to lose the training
+                say(f"warning: {error}")
         bar.set_postfix(loss=f"{totals['loss']:.3f}", accuracy=f"{totals['accuracy']:.2f}")
     return history
 
@@ -552,7 +572,7 @@ def run(args, folder, alpha, seed, world):
     start, chat, ranker, portions, held_out = prepare(args, world)
     open_run(args, folder, alpha)  # only now: a mistyped flag must not claim the folder
     first = 0 if args.offline_first else 1
-    start_rows = None
+    start_rows, path = None, start
     if held_out:
         if missing(world / "start/eval.jsonl"):
             (world / "start").mkdir(parents=True, exist_ok=True)
@@ -560,14 +580,11 @@ def run(args, folder, alpha, seed, world):
                      ranker, first - 1)
         log_metrics(folder, read(world / "start/metrics.jsonl"))
         start_rows = read(world / "start/eval.jsonl")
-
-    path = start
     for iteration, (portion, lr) in enumerate(zip(portions, args.lr), first):
         here = folder / f"iter_{iteration}"
         here.mkdir(parents=True, exist_ok=True)
         # Iteration 0 of the Zephyr recipe is plain offline DPO: no sample, the data's own pair.
         offline = args.offline_first and iteration == 0
-        this_alpha = 0.0 if offline else alpha
         if missing(here / "policy"):
             if missing(here / "samples.jsonl"):
                 finish(here / "samples.jsonl", [{"prompt_id": r["prompt_id"], "samples": []}
@@ -576,7 +593,7 @@ def run(args, folder, alpha, seed, world):
             if missing(here / "pairs.jsonl"):
                 finish(here / "pairs.jsonl", rank_candidates(
                     args, portion, read(here / "samples.jsonl"), chat, None if offline else ranker))
-            learn(args, here, path, start, chat, iteration, lr, this_alpha, folder)
+            learn(args, here, path, start, chat, iteration, lr, 0.0 if offline else alpha, folder)
         path = str(here / "policy")
         if held_out and missing(here / "eval.jsonl"):
             evaluate(args, folder, here, path, start, held_out, start_rows, chat, ranker, iteration)

@@ -352,6 +352,15 @@ def test_a_run_killed_between_two_updates_goes_on_from_its_checkpoint(
     assert one == two
 
 
+def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_training(command, tmp_path, capsys):
+    """Hours of training lost to a full disk, for the sake of not losing them."""
+    (tmp_path / "run/iter_1").mkdir(parents=True)
+    (tmp_path / "run/iter_1/checkpoints").write_text("in the way")
+    train_loop.main([*command, "--iterations", "1", "--save-every", "1"])
+    assert "warning: no checkpoint could be written" in capsys.readouterr().out
+    assert (tmp_path / "run/iter_1/policy").exists()
+
+
 def test_drops_are_counted_by_reason(command, tmp_path, capsys):
     """Examples that vanish: an empty response, or candidates that the judge cannot tell apart."""
     preferences = rows(tmp_path / "p.jsonl")
