@@ -8,7 +8,7 @@
     sample   sample.generate against model.generate on the same prompts
     scaling  our step's time and memory against batch size, response length and responses a prompt
     limit    useful FLOP/s of our step over what bare matrix products reach; where the rest goes
-    rank     rank.PairRM against llm-blender (benchmark_rank.py)
+    rank     pairrm.PairRM against llm-blender (benchmark_rank.py)
     figure   draws results/benchmark.png from results/benchmark.json and prints it as tables
 
 Method. Every measured run is a process of its own, so its peak resident memory is its own; the
@@ -578,9 +578,9 @@ def part_scaling(common, quick):
             "responses": 2, "steps": 1, "tokens": 384}
     if quick:
         base |= {"prompt_length": 16, "response_length": 24, "tokens": 128}
-    axes = {"prompts": (2, 4) if quick else (1, 2, 4, 8),
+    axes = {"prompts": (2, 4) if quick else (1, 2, 4, 8, 16),
             "response_length": (24, 48) if quick else (32, 64, 128, 256),
-            "responses": (2, 3) if quick else (2, 3, 4)}
+            "responses": (2, 3) if quick else (2, 4, 8)}
 
     def name(axis, value):
         s = {**base, axis: value}
