@@ -78,7 +78,7 @@ def _matmul_fp32(a, b, out=None):
     if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b, out=out)
     if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)  # tensor cores; only CUDA has out_dtype
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)  # only CUDA has out_dtype
     return torch.mm(a.float(), b.float(), out=out)
 
 
