@@ -95,7 +95,11 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
     window = sliding_window if sliding_window and sliding_window < tree_layout.longest else None
     if tree_layout.use_flex:
         mask = tree_layout.block_mask(window or tree_layout.longest, query.device)
-        out = _compiled_flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
+        # Autocast casts for sdpa, not for this; a norm of queries and keys (Qwen3) leaves them fp32.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        # TRITON: left to itself it takes a decoding kernel for short lines, which has no backward.
+        out = _compiled_flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True,
+                               kernel_options={"BACKEND": "TRITON"})
         return out.transpose(1, 2).contiguous(), None  # (1, T, A, D)
 
     # split, not slices: the backward of each slice would allocate and add a whole (A, T, D) tensor.
@@ -210,7 +214,10 @@ class Policy(nn.Module):
             self.model.train()  # transformers checkpoints in training mode only
         if compile:
             for layer in self.layers:
-                layer.compile(backend=compile, dynamic=True)
+                # Dynamo cannot leave a graph inside a checkpoint, as tree_attention makes it do: of
+                # a checkpointed layer it would compile nothing.
+                for part in layer.children() if checkpointing else [layer]:
+                    part.compile(backend=compile, dynamic=True)
 
     @property
     def causal_lm(self):
@@ -283,6 +290,27 @@ def self_check(policy, make_batch, trees, packed=True):
     return error
 
 
+def flex_check(policy, batch):
+    """Compares FlexAttention with one call a response, under autocast, forward and backward.
+
+    The step-0 check could not see a wrong kernel: policy and reference would share it. batch: a
+    packed line of a few hundred tokens, more than one block of the mask. ValueError if they differ.
+    """
+    weight, results = next(policy.layers.parameters()), []
+    for policy.use_flex in (False, True):
+        try:
+            logps = policy(batch)
+            gradient, = torch.autograd.grad(logps.sum(), weight)  # through every attention call
+        except Exception as reason:  # whatever a compiler may raise
+            raise ValueError(str(reason).splitlines()[0]) from None
+        results.append((logps.detach(), gradient.float()))
+    exact = weight.dtype == torch.float32 and policy.autocast_dtype is None
+    errors = [((flex - plain).norm() / plain.norm()).item() for plain, flex in zip(*results)]
+    if not (errors[0] < (1e-3 if exact else 0.02) and errors[1] < (1e-2 if exact else 0.2)):
+        raise ValueError("its log-probs and gradient differ from plain attention's by "
+                         f"{errors[0]:.1%} and {errors[1]:.1%}")
+
+
 # ----------------------------------------------------------------------------------------------
 # 3. LoRA, sharding, saving
 # ----------------------------------------------------------------------------------------------
@@ -348,31 +376,54 @@ def save_checkpoint(folder, policy, optimizer, history):
     """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict
-    several, temporary = torch.distributed.is_initialized(), f"{folder}.tmp"
+    several, folder, temporary = torch.distributed.is_initialized(), Path(folder), f"{folder}.tmp"
     weights, moments = get_state_dict(policy, optimizer)
     state = {"policy": weights, "optimizer": moments, "history": json.dumps(history)}
+    failure = None
     with warnings.catch_warnings(action="ignore"):  # it finds a single process worth a warning
         try:
             checkpoint.save(state, checkpoint_id=temporary)
-        except checkpoint.CheckpointException as error:
-            reason = next(iter(error.failures.values()))[0]
-            raise OSError(f"no checkpoint could be written to {folder}: {reason}") from None
+        except checkpoint.CheckpointException as error:  # on all processes, if on one
+            failure = _first_failure(error)
     if not several or torch.distributed.get_rank() == 0:
-        os.replace(temporary, folder)
-        for older in set(Path(folder).parent.iterdir()) - {Path(folder)}:
-            shutil.rmtree(older)
+        try:
+            if not failure:
+                os.replace(temporary, folder)
+        except OSError as error:
+            failure = str(error)
+        useless = [temporary] if failure else set(folder.parent.iterdir()) - {folder}
+        for path in useless:  # half a checkpoint may be what fills the disk
+            shutil.rmtree(path, ignore_errors=True)
+    failure = [failure]
     if several:
-        torch.distributed.barrier()
+        torch.distributed.broadcast_object_list(failure)
+    if failure[0]:
+        raise OSError(f"no checkpoint could be written to {folder}: {failure[0]}")
+
+
+def _first_failure(error):
+    """The reason inside a CheckpointException, as text; a Ctrl-C in it is raised again."""
+    reason = next(iter(error.failures.values()))[0]
+    if not isinstance(reason, Exception):
+        raise reason from None
+    return str(reason)
 
 
 def load_checkpoint(folder, policy, optimizer):
-    """Puts a checkpoint's state into policy and optimiser, in place -> its history."""
+    """Puts a checkpoint's state into policy and optimiser, in place -> its history.
+
+    Errors: ValueError if it cannot be read.
+    """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     weights, moments = get_state_dict(policy, optimizer)
     state = {"policy": weights, "optimizer": moments, "history": ""}
     with warnings.catch_warnings(action="ignore"):
-        checkpoint.load(state, checkpoint_id=folder)
+        try:
+            checkpoint.load(state, checkpoint_id=folder)
+        except checkpoint.CheckpointException as error:
+            raise ValueError(f"the checkpoint {folder} cannot be read ({_first_failure(error)}); "
+                             "delete it to repeat this iteration's training") from None
     set_state_dict(policy, optimizer, model_state_dict=state["policy"],
                    optim_state_dict=state["optimizer"])
     return json.loads(state["history"])

@@ -20,6 +20,7 @@ Test: pytest tests/test_train_loop.py.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -136,7 +137,8 @@ def parse_args(argv=None):
         help="bf16: autocast over fp32 master weights; from the device")
     add = parser.add_argument_group("the run").add_argument
     add("--save-every", type=int, default=0, metavar="UPDATES", help="keep a checkpoint inside the "
-        "training phase too (12 bytes a parameter); 0: a kill repeats the phase")
+        "training phase too (12 bytes a parameter, twice while one replaces another); 0: a kill "
+        "repeats the phase")
     add("--eval-prompts", type=int, help="held-out prompts for the evaluation; 0: none")
     add("--baseline", action=argparse.BooleanOptionalAction,
         help="also run alpha = 0 from the same start and seeds")
@@ -266,6 +268,9 @@ def stream(*key):
 
 def load(args, path, training):
     """Training: fp32 master weights. Sampling: the compute dtype, whole on every process."""
+    gc.collect()  # the last model: FSDP's hooks make cycles that nothing else would free in time
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
     dtype = torch.bfloat16 if args.dtype == "bf16" and not training else torch.float32
     loaded = policies.load_model(path, dtype, "cpu" if training and WORLD > 1 else args.device,
                                  "eager" if args.plain_rows else "selm_tree")
@@ -689,20 +694,21 @@ def prepare(args, world):
 
 def check_forward(args, start, chat, records):
     """Stops a model whose log-probs we would get wrong; tries FlexAttention where it may work."""
-    examples = [data.Tree(chat.prompt_ids(row["prompt"])[-16:],
-                          [chat.response_ids(row["chosen"])[:16],
-                           chat.response_ids(row["rejected"])[:12]], 0, 1, [])
-                for row in records[:2]]
+    def trees(count, prompt, chosen, rejected):
+        return [data.Tree(chat.prompt_ids(row["prompt"])[-prompt:],
+                          [chat.response_ids(row["chosen"])[:chosen],
+                           chat.response_ids(row["rejected"])[:rejected]], 0, 1, [])
+                for row in records[:count]]
+
     policy = policies.Policy(load(args, start, training=False))
-    args.use_flex = policy.use_flex = args.device == "cuda" and not args.plain_rows
-    make_batch = data.pad if args.plain_rows else data.pack
-    if args.use_flex:
+    policies.self_check(policy, data.pad if args.plain_rows else data.pack, trees(2, 16, 16, 12),
+                        packed=not args.plain_rows)
+    if args.device == "cuda" and not args.plain_rows:
         try:
-            policies.self_check(policy, make_batch, examples)
+            policies.flex_check(policy, data.pack(trees(8, 64, 64, 48)).to(args.device))
+            args.use_flex = True
         except ValueError as reason:
             say(f"FlexAttention is not used: {reason}")
-            args.use_flex = policy.use_flex = False
-    policies.self_check(policy, make_batch, examples, packed=not args.plain_rows)
 
 
 def load_data(args):

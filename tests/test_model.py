@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -109,6 +110,19 @@ def test_compiled_layers_are_compiled_once_for_many_layouts():
     assert 0 < seen == counter.frame_count
 
 
+def test_checkpointed_layers_are_compiled_too():
+    """--compile with --gradient-checkpointing: dynamo gave up on every layer, without a word."""
+    from torch._dynamo.testing import CompileCounter
+    counts = []
+    for checkpointing in (False, True):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        policy = policies.Policy(make_model(), checkpointing=checkpointing, compile=counter)
+        policy(data.pack(make_trees())).sum().backward()
+        counts.append(counter.op_count)
+    assert counts[1] > 0.7 * counts[0] > 10  # what lies between a layer's parts stays uncompiled
+
+
 def test_a_model_whose_generation_config_contradicts_itself_can_still_be_saved(tmp_path):
     """Greedy with temperature 0.6, as many hub models say: transformers refuses to save it, and the
     training of an iteration is lost. Several chat templates: saved as a folder, not a file."""
@@ -180,7 +194,36 @@ def test_flex_attention_under_that_mask_gives_the_same_log_probs():
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"checkpointing": True}, {"compile": "aot_eager"}], ids=str)
+@pytest.mark.parametrize("kind", ["qwen3", "mistral"])
+@pytest.mark.parametrize("fault", [None, "leak", "gradient", "crash"])
+def test_flex_check_accepts_flex_attention_only_where_it_agrees(monkeypatch, kind, fault):
+    """A kernel that leaks between responses, loses a gradient or does not compile, seen only on the
+    user's GPU; queries that a norm left in fp32 under autocast (Qwen3). The kernel here is sdpa."""
+    def flex(query, key, value, block_mask, scale, enable_gqa, kernel_options):
+        assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+        if fault == "crash":
+            raise RuntimeError("NoValidChoicesError\nand a page of reasons")
+        index = torch.arange(query.shape[2])
+        mask = block_mask.mask_mod(None, None, index[:, None], index[None])
+        if fault == "leak":
+            mask = index[:, None] >= index[None]
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value.detach() if fault == "gradient" else value, attn_mask=mask,
+            scale=scale, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(policies, "_compiled_flex", lambda: flex)
+    policy = policies.Policy(make_model(kind, scale=2.0), autocast_dtype=torch.bfloat16)
+    batch = data.pack(make_trees(0, ((70, (60, 50)), (20, (90, 30, 40)))))
+    if fault:
+        message = "^NoValidChoicesError$" if fault == "crash" else "differ from"
+        with pytest.raises(ValueError, match=message):
+            policies.flex_check(policy, batch)
+    else:
+        policies.flex_check(policy, batch)
+
+
+@pytest.mark.parametrize("options", [{"checkpointing": True}, {"compile": "aot_eager"},
+                                     {"checkpointing": True, "compile": "aot_eager"}], ids=str)
 def test_checkpointing_and_compile_change_no_number(options):
     """Recomputed layers that lose the tree layout; dropout that training mode switches on; compiled
     layers that keep the first micro-batch's layout. (aot_eager traces like inductor does, without
@@ -250,6 +293,37 @@ def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("disk is full"), KeyboardInterrupt()], ids=repr)
+def test_a_checkpoint_that_fails_leaves_the_old_one_and_no_rubbish(monkeypatch, tmp_path, error):
+    """Half a checkpoint that keeps a full disk full; a Ctrl-C that is taken for a full disk."""
+    policy = policies.Policy(make_model())
+    optimizer = torch.optim.AdamW(policy.parameters())
+    policies.save_checkpoint(tmp_path / "000001", policy, optimizer, [1.5])
+    write = FileSystemWriter.write_data
+
+    def write_and_fail(*args):
+        write(*args)
+        raise error
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write_and_fail)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OSError):
+        policies.save_checkpoint(tmp_path / "000002", policy, optimizer, [])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"000001"} or isinstance(error, KeyboardInterrupt)
+    assert policies.load_checkpoint(tmp_path / "000001", policy, optimizer) == [1.5]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
+    """A page of a library's traceback for a damaged file."""
+    policy = policies.Policy(make_model())
+    optimizer = torch.optim.AdamW(policy.parameters())
+    policies.save_checkpoint(tmp_path / "000001", policy, optimizer, [])
+    for file in (tmp_path / "000001").glob("*.distcp"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="000001 cannot be read"):
+        policies.load_checkpoint(tmp_path / "000001", policy, optimizer)
+
+
 SHARDED = """
 import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch, torch.distributed as dist
@@ -284,6 +358,12 @@ other = policies.shard(policies.Policy(make_model("llama", seed=1)))
 optimizer = adam(other)
 assert policies.load_checkpoint({folder!r} + "_states/1", other, optimizer) == [0.1]
 assert all(torch.equal(a, b) for a, b in zip(update(other, optimizer), expected))
+try:  # the folder is there: rank 0 cannot move the new one onto it, and the others must hear of it
+    policies.save_checkpoint({folder!r} + "_states/1", other, optimizer, [])
+except OSError:
+    pass
+else:
+    raise SystemExit("no error")
 if dist.get_rank() == 0: print("LOSSES", *losses)
 dist.destroy_process_group()
 """
@@ -291,7 +371,7 @@ dist.destroy_process_group()
 
 def test_two_sharded_processes_train_to_the_losses_and_weights_of_one(tmp_path):
     """A head weight read while it is sharded; gradients averaged where they must be summed; a
-    checkpoint that forgets a shard or a moment."""
+    checkpoint that forgets a shard or a moment; an error of rank 0 for which the others wait."""
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED.format(root=str(ROOT), folder=str(tmp_path / "policy")))
     result = subprocess.run(
