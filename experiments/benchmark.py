@@ -746,6 +746,12 @@ def table(results):
             lines.append(f"| `{part}` | {against} | **{r['speedup']:.2f}x** "
                          f"| {a['seconds']:.1f} / {b['seconds']:.1f} | {a['peak_gib']:.2f} / "
                          f"{b['peak_gib']:.2f} GiB = {a['peak_gib'] / b['peak_gib']:.2f} |")
+    if "rank" in results:
+        r = results["rank"]
+        seconds = (r["pairs"] / r[key] for key in ("pairs_per_second",
+                                                   "llm_blender_pairs_per_second"))
+        lines.append(f"| `rank` | llm-blender's Blender.rank | **{r['speedup']:.2f}x** | "
+                     + " / ".join(f"{s:.1f}" for s in seconds) + " | one process |")
     if "gather" in results:
         lines += ["", "| `gather`: V | N | method | seconds | GiB added |", "|---|---|---|---|---|"]
         for r in results["gather"]["rows"]:
@@ -769,36 +775,48 @@ def draw_bars(results, axes):
     for part, label in (("step", "textbook\nstep"), ("long", "textbook\nlong"),
                         ("trl", "TRL\nstep"), ("sample", "model.\ngenerate")):
         if results.get(part, {}).get("speedup"):
-            memory = results[part]["memory_ratio"] if part != "sample" else None
-            bars.append((label, results[part]["speedup"], memory and 1 / memory))
+            bars.append((label, results[part]["speedup"], 1 / results[part]["memory_ratio"]))
     axes.bar([i - 0.2 for i in range(len(bars))], [b[1] for b in bars], 0.4, label="time")
-    axes.bar([i + 0.2 for i in range(len(bars))], [b[2] or 0 for b in bars], 0.4,
-             label="peak memory")
+    axes.bar([i + 0.2 for i in range(len(bars))], [b[2] for b in bars], 0.4, label="peak memory")
     axes.axhline(1, color="grey", linestyle="--")
     axes.set_xticks(range(len(bars)), [b[0] for b in bars])
     axes.set(title="What the others take (ours = 1)", ylabel="times ours")
     axes.legend()
 
 
+def log_axis(axis):
+    """1 2 5 10 20 50, in digits: matplotlib's own labels of a short log axis overlap."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
 def draw_gather(rows, axes, key, label):
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         for v, style in zip(sorted({row["V"] for row in rows}), ("--", "-")):
             points = [r for r in rows if r["method"] == method and r["V"] == v and key in r]
-            color = f"C{list(dict.fromkeys(r['method'] for r in rows)).index(method)}"
-            axes.plot([p["N"] for p in points], [p[key] for p in points], style, color=color,
-                      marker="o" if v < 100_000 else "s", label=f"{method}, V = {v}")
+            if points:
+                axes.plot([p["N"] for p in points], [p[key] for p in points], style, color=f"C{i}",
+                          marker="o" if v < 100_000 else "s", label=f"{method}, V = {v}")
     axes.set(title=f"Log-prob gathering: {label}", xlabel="response tokens N", ylabel=label,
              xscale="log", yscale="log")
-    axes.legend(fontsize=7)
+    log_axis(axes.xaxis), log_axis(axes.yaxis)
+    if key != "seconds":  # once, beside the second of the two panels
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_scaling(axes_points, axes, key, label):
     for axis, points in axes_points.items():
-        axes.plot([p["tokens"] for p in points], [p[key] for p in points], marker=".", label=axis)
+        axes.plot([p["tokens"] for p in points], [p[key] for p in points], marker=".",
+                  label=f"more {axis}" if axis != "response_length" else "longer responses")
     axes.set(title=f"Our step: {label}", xlabel="tokens a step", ylabel=label, xscale="log",
              yscale="log" if key != "peak_gib" else "linear")
     axes.set_ylim(bottom=0 if key == "peak_gib" else None)
-    axes.legend(fontsize=7)
+    log_axis(axes.xaxis)
+    if key != "peak_gib":
+        log_axis(axes.yaxis)
+    axes.legend(fontsize=8)
 
 
 def figure(folder):
@@ -807,7 +825,7 @@ def figure(folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     results = json.loads((folder / "benchmark.json").read_text())
-    drawn, panels = plt.subplots(2, 3, figsize=(15, 8))
+    drawn, panels = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     draw_bars(results, panels[0, 0])
     if "gather" in results:
         draw_gather(results["gather"]["rows"], panels[0, 1], "seconds", "seconds")
@@ -822,7 +840,6 @@ def figure(folder):
         panels[1, 2].set(title="Where a step's time goes\n(useful FLOP/s: "
                                f"{results['limit']['fraction']:.0%} of bare products')",
                          xlabel="share")
-    drawn.tight_layout()
     drawn.savefig(folder / "benchmark.png", dpi=110)
     plt.close(drawn)
 
