@@ -268,9 +268,8 @@ def stream(*key):
 
 def load(args, path, training):
     """Training: fp32 master weights. Sampling: the compute dtype, whole on every process."""
-    gc.collect()  # the last model: FSDP's hooks make cycles that nothing else would free in time
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
+    if WORLD > 1:  # the last model: FSDP's hooks make cycles that nothing else would free in time
+        gc.collect()
     dtype = torch.bfloat16 if args.dtype == "bf16" and not training else torch.float32
     loaded = policies.load_model(path, dtype, "cpu" if training and WORLD > 1 else args.device,
                                  "eager" if args.plain_rows else "selm_tree")
