@@ -95,7 +95,7 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
     window = sliding_window if sliding_window and sliding_window < tree_layout.longest else None
     if tree_layout.use_flex:
         mask = tree_layout.block_mask(window or tree_layout.longest, query.device)
-        # Autocast casts for sdpa, not for this; a norm of queries and keys (Qwen3) leaves them fp32.
+        # Autocast casts for sdpa, not for this; norms of queries and keys (Qwen3) leave them fp32.
         query, key = query.to(value.dtype), key.to(value.dtype)
         # TRITON: left to itself it takes a decoding kernel for short lines, which has no backward.
         out = _compiled_flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True,
