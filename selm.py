@@ -131,8 +131,7 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, targets, largest, exp_sum = ctx.saved_tensors
         softcap, compute_dtype, chunk_tokens = ctx.settings
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        sum_dtype = exp_sum.dtype
-        compute_weight = weight.to(compute_dtype)
+        sum_dtype, compute_weight = exp_sum.dtype, weight.to(compute_dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         # One accumulator for all chunks. addmm_ adds to it in place, as a (V, H) temporary a chunk
         # costs more than the chunk's logits; only a sum wider than its inputs (bf16) needs one.
@@ -166,8 +165,7 @@ class _TokenLogps(torch.autograd.Function):
                     grad_weight += _matmul_fp32(grad_logits.t(), h)
         return (grad_hidden,
                 grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
-                grad_bias if grad_bias is None else grad_bias.to(bias.dtype),
-                None, None, None, None)
+                grad_bias if grad_bias is None else grad_bias.to(bias.dtype), *[None] * 4)
 
 
 def response_logps(token_logps, response_index, responses):

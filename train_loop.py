@@ -601,8 +601,7 @@ def run(args, folder, alpha, seed, world):
         path = str(here / "policy")
         if held_out and missing(here / "eval.jsonl"):
             evaluate(args, folder, here, path, start, held_out, start_rows, chat, ranker, iteration)
-        for line in report.summary(folder, iteration):
-            say(line)
+        say("\n".join(report.summary(folder, iteration)))
 
 
 def learn(args, here, path, start, chat, iteration, lr, alpha, folder):
@@ -628,11 +627,11 @@ def learn(args, here, path, start, chat, iteration, lr, alpha, folder):
     for tree, candidates in pairs:
         tree.ref_logps = [candidate["ref_logp"] for candidate in candidates]
     history = train(args, policy, trees, iteration, lr, alpha, not anchored,
-                    here / "checkpoints" if args.save_every else None)
+                    here / "state" if args.save_every else None)
     log_metrics(folder, history)
     policies.save_policy(policy, chat.tokenizer, here / "policy")
     if RANK == 0:
-        shutil.rmtree(here / "checkpoints", ignore_errors=True)
+        shutil.rmtree(here / "state", ignore_errors=True)
 
 
 def open_run(args, folder, alpha):

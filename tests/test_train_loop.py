@@ -329,7 +329,7 @@ def test_a_run_killed_between_two_updates_goes_on_from_its_checkpoint(
     """A checkpoint without Adam's moments, a schedule that starts over, an update taken twice."""
     command += [*extra, "--iterations", "1", "--epochs", "3", "--save-every", "2"]
     train_loop.main(command)
-    assert not (tmp_path / "run/iter_1/checkpoints").exists()
+    assert not (tmp_path / "run/iter_1/state").exists()
     again = [a.replace("/run", "/killed") for a in command]
     save, group_loss, updates = policies.save_checkpoint, train_loop.group_loss, []
 
@@ -340,7 +340,7 @@ def test_a_run_killed_between_two_updates_goes_on_from_its_checkpoint(
     for _ in range(2):  # after updates 2 and 4 of 6
         with pytest.raises(KeyboardInterrupt):
             train_loop.main(again)
-    assert [f.name for f in (tmp_path / "killed/iter_1/checkpoints").iterdir()] == ["000004"]
+    assert [f.name for f in (tmp_path / "killed/iter_1/state").iterdir()] == ["000004"]
     monkeypatch.setattr(policies, "save_checkpoint", save)
     monkeypatch.setattr(train_loop, "group_loss",
                         lambda *args: updates.append(args) or group_loss(*args))
@@ -355,7 +355,7 @@ def test_a_run_killed_between_two_updates_goes_on_from_its_checkpoint(
 def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_training(command, tmp_path, capsys):
     """Hours of training lost to a full disk, for the sake of not losing them."""
     (tmp_path / "run/iter_1").mkdir(parents=True)
-    (tmp_path / "run/iter_1/checkpoints").write_text("in the way")
+    (tmp_path / "run/iter_1/state").write_text("in the way")
     train_loop.main([*command, "--iterations", "1", "--save-every", "1"])
     assert "warning: no checkpoint could be written" in capsys.readouterr().out
     assert (tmp_path / "run/iter_1/policy").exists()
