@@ -31,6 +31,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from harness.rundir import read_jsonl
+
 # ----------------------------------------------------------------------------------------------
 # 1. Preference records: {"prompt_id", "prompt": messages, "chosen": str, "rejected": str}
 # ----------------------------------------------------------------------------------------------
@@ -74,18 +76,6 @@ def parse_record(row, where):
     return {"prompt_id": str(prompt_id), "prompt": prompt, **responses}
 
 
-def read_jsonl(path):
-    """Yields (line number, object); ValueError naming the line where one is not JSON."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: not valid JSON ({error.msg})") from None
-
-
 def load_records(source, split="train_prefs"):
     """All records of a JSONL file, or of `split` of a data set on the hub. Errors: ValueError.
 
@@ -122,20 +112,6 @@ def split_portions(records, portions, limit=None, seed=0):
                          "iterations")
     shuffled = random.Random(seed).sample(records, len(records))
     return [shuffled[i * size:(i + 1) * size] for i in range(portions)]
-
-
-def write_jsonl(path, rows):
-    """Writes rows so that the file appears whole or not at all (temporary name, fsync, rename)."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_text(path, text):
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 # ----------------------------------------------------------------------------------------------

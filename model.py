@@ -19,10 +19,8 @@ A attention heads, D size of one head.
 """
 
 import ctypes
-import json
 import os
 import shutil
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -199,9 +197,9 @@ class Policy(nn.Module):
     ("inductor") for each layer, or None.
     """
 
-    def __init__(self, model, checkpointing=False, autocast_dtype=None, compile=None, lora_rank=0):
+    def __init__(self, model, checkpointing=False, autocast_dtype=None, compile=None):
         super().__init__()
-        self.model = add_lora(model, lora_rank) if lora_rank else model
+        self.model = model
         self.autocast_dtype, self.use_flex = autocast_dtype, False
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
@@ -312,32 +310,8 @@ def flex_check(policy, batch):
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. LoRA, sharding, saving
+# 3. Saving
 # ----------------------------------------------------------------------------------------------
-
-
-def add_lora(model, rank):
-    """LoRA (arXiv 2106.09685) on every linear layer but the head; scale alpha / rank = 2."""
-    from peft import LoraConfig, get_peft_model
-    return get_peft_model(model, LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
-
-
-def shard(policy, device="cpu"):
-    """FSDP2 over all processes: each layer, then the rest (embedding, norm, head) as the root.
-
-    The root is Policy, whose own forward reads the head's weight: it is whole exactly then.
-    Trap: by default the root stays whole after a forward. After the reference pass, which has no
-    backward, policy.parameters() would be the whole tensors, and an optimiser made of them would
-    train copies that nobody reads. Hence reshard_after_forward.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=policy.autocast_dtype, reduce_dtype=torch.float32)
-    for layer in policy.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
 
 def save_policy(policy, tokenizer, folder):
@@ -365,65 +339,3 @@ def save_policy(policy, tokenizer, folder):
         os.replace(temporary, folder)
     if distributed:
         torch.distributed.barrier()
-
-
-def save_checkpoint(folder, policy, optimizer, history):
-    """Everything that training needs to go on after an update; replaces the folder's siblings.
-
-    The folder appears whole. All processes call this together and each writes its own shards; any
-    number of processes can read them. history: what the caller wants back, as JSON. Errors:
-    OSError, on all processes alike.
-    """
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-    several, folder, temporary = torch.distributed.is_initialized(), Path(folder), f"{folder}.tmp"
-    weights, moments = get_state_dict(policy, optimizer)
-    state = {"policy": weights, "optimizer": moments, "history": json.dumps(history)}
-    failure = None
-    with warnings.catch_warnings(action="ignore"):  # it finds a single process worth a warning
-        try:
-            checkpoint.save(state, checkpoint_id=temporary)
-        except checkpoint.CheckpointException as error:  # on all processes, if on one
-            failure = _first_failure(error)
-    if not several or torch.distributed.get_rank() == 0:
-        try:
-            if not failure:
-                os.replace(temporary, folder)
-        except OSError as error:
-            failure = str(error)
-        useless = [temporary] if failure else set(folder.parent.iterdir()) - {folder}
-        for path in useless:  # half a checkpoint may be what fills the disk
-            shutil.rmtree(path, ignore_errors=True)
-    failure = [failure]
-    if several:
-        torch.distributed.broadcast_object_list(failure)
-    if failure[0]:
-        raise OSError(f"no checkpoint could be written to {folder}: {failure[0]}")
-
-
-def _first_failure(error):
-    """The reason inside a CheckpointException, as text; a Ctrl-C in it is raised again."""
-    reason = next(iter(error.failures.values()))[0]
-    if not isinstance(reason, Exception):
-        raise reason from None
-    return str(reason)
-
-
-def load_checkpoint(folder, policy, optimizer):
-    """Puts a checkpoint's state into policy and optimiser, in place -> its history.
-
-    Errors: ValueError if it cannot be read.
-    """
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-    weights, moments = get_state_dict(policy, optimizer)
-    state = {"policy": weights, "optimizer": moments, "history": ""}
-    with warnings.catch_warnings(action="ignore"):
-        try:
-            checkpoint.load(state, checkpoint_id=folder)
-        except checkpoint.CheckpointException as error:
-            raise ValueError(f"the checkpoint {folder} cannot be read ({_first_failure(error)}); "
-                             "delete it to repeat this iteration's training") from None
-    set_state_dict(policy, optimizer, model_state_dict=state["policy"],
-                   optim_state_dict=state["optimizer"])
-    return json.loads(state["history"])

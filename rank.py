@@ -262,7 +262,7 @@ def choose_pair(scores, texts):
 
 def read_candidates(path):
     """The records of a candidates file, plus their `messages`; ValueError that names the line."""
-    from data import read_jsonl
+    from harness.rundir import read_jsonl
     if not Path(path).is_file():
         raise ValueError(f"--input {path}: no such file")
     records = []
@@ -284,7 +284,7 @@ def read_candidates(path):
 
 def rank_file(args):
     """What the command line does, after its arguments are parsed."""
-    from data import write_jsonl
+    from harness.rundir import write_jsonl
     records, tokenizer = read_candidates(args.input), None
     if args.tokenizer:
         from transformers import AutoTokenizer

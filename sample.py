@@ -412,7 +412,7 @@ def interact(answer):
 
 
 def write_alpaca(args, rows, outputs):
-    from data import write_text  # the file appears whole or not at all
+    from harness.rundir import write_text  # the file appears whole or not at all
 
     name = args.generator or Path(args.model).resolve().name
     write_text(args.output, json.dumps([

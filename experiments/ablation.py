@@ -8,7 +8,7 @@ Arms: alpha = 0 (iterative DPO); the paper's alpha 1e-3 and a large one with gre
 authors' code samples; the large one with y at temperature 1, as the paper writes. All arms of a
 seed share the base model, the prompts and the seeds: differences are taken within seeds.
 
-Worlds (toy.py): "default" has headroom because its commonest word is poor, which suits optimism;
+Worlds (harness/toy.py): "default" has headroom because its commonest word is poor, which suits optimism;
 "neutral" favours nothing; in "rare" the best words are those that are hardly ever said.
 
 Writes experiments/results/ablation.json and ablation.png; prints the README's table.
@@ -32,8 +32,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import report  # noqa: E402
 import train_loop  # noqa: E402
+from harness import report  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 WORLDS = ("toy", "toy-neutral", "toy-rare")

@@ -7,6 +7,8 @@ import torch
 
 import data
 from conftest import END_TOKENS, TEMPLATES, make_tokenizer
+from harness import rundir
+from harness.rundir import read_jsonl, write_jsonl
 
 CHAT = [{"role": "user", "content": "hello there"},
         {"role": "assistant", "content": "how are you?"},
@@ -247,9 +249,9 @@ def test_plain_rows_stay_within_the_budget_with_their_padding(budget):
 def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     """A half-written phase file that the resumed run takes for a finished one."""
     path = tmp_path / "x.jsonl"
-    data.write_jsonl(path, [{"a": 1}])
+    write_jsonl(path, [{"a": 1}])
     monkeypatch.setattr(
-        data.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
+        rundir.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError):
-        data.write_jsonl(path, [{"a": 2}] * 1000)
-    assert [r for _, r in data.read_jsonl(path)] == [{"a": 1}]
+        write_jsonl(path, [{"a": 2}] * 1000)
+    assert [r for _, r in read_jsonl(path)] == [{"a": 1}]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import model as policies
 from conftest import ARCHITECTURES, ROOT, SIZES, VOCABULARY, make_model, make_tokenizer
+from harness import scale
 
 
 def make_trees(seed=0, sizes=((5, (4, 7)), (3, (6, 2, 9)), (11, (1,)))):
@@ -256,7 +257,7 @@ def test_lora_trains_adapters_only_and_saves_a_merged_plain_model(tmp_path):
     must leave the policy exactly the reference."""
     base = make_model()
     expected = policies.Policy(copy.deepcopy(base))(data.pack(make_trees()))
-    policy = policies.Policy(copy.deepcopy(base), checkpointing=True, lora_rank=4)
+    policy = policies.Policy(scale.add_lora(copy.deepcopy(base), 4), checkpointing=True)
     assert torch.equal(policy(data.pack(make_trees())), expected)
     trained = [n for n, p in policy.named_parameters() if p.requires_grad]
     assert trained and all("lora" in n for n in trained)
@@ -298,7 +299,7 @@ def test_a_checkpoint_that_fails_leaves_the_old_one_and_no_rubbish(monkeypatch, 
     """Half a checkpoint that keeps a full disk full; a Ctrl-C that is taken for a full disk."""
     policy = policies.Policy(make_model())
     optimizer = torch.optim.AdamW(policy.parameters())
-    policies.save_checkpoint(tmp_path / "000001", policy, optimizer, [1.5])
+    scale.save_checkpoint(tmp_path / "000001", policy, optimizer, [1.5])
     write = FileSystemWriter.write_data
 
     def write_and_fail(*args):
@@ -307,31 +308,32 @@ def test_a_checkpoint_that_fails_leaves_the_old_one_and_no_rubbish(monkeypatch, 
 
     monkeypatch.setattr(FileSystemWriter, "write_data", write_and_fail)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OSError):
-        policies.save_checkpoint(tmp_path / "000002", policy, optimizer, [])
+        scale.save_checkpoint(tmp_path / "000002", policy, optimizer, [])
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"000001"} or isinstance(error, KeyboardInterrupt)
-    assert policies.load_checkpoint(tmp_path / "000001", policy, optimizer) == [1.5]
+    assert scale.load_checkpoint(tmp_path / "000001", policy, optimizer) == [1.5]
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
     """A page of a library's traceback for a damaged file."""
     policy = policies.Policy(make_model())
     optimizer = torch.optim.AdamW(policy.parameters())
-    policies.save_checkpoint(tmp_path / "000001", policy, optimizer, [])
+    scale.save_checkpoint(tmp_path / "000001", policy, optimizer, [])
     for file in (tmp_path / "000001").glob("*.distcp"):
         file.write_bytes(b"")
     with pytest.raises(ValueError, match="000001 cannot be read"):
-        policies.load_checkpoint(tmp_path / "000001", policy, optimizer)
+        scale.load_checkpoint(tmp_path / "000001", policy, optimizer)
 
 
 SHARDED = """
 import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch, torch.distributed as dist
 import data, model as policies
+from harness import scale
 from conftest import make_model
 from test_model import make_trees
 dist.init_process_group("gloo")
-policy = policies.shard(policies.Policy(make_model("llama")))
+policy = scale.shard(policies.Policy(make_model("llama")))
 optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
 losses = []
 for step in range(3):
@@ -352,14 +354,14 @@ def update(policy, optimizer):
 
 optimizer = adam(policy)
 update(policy, optimizer)
-policies.save_checkpoint({folder!r} + "_states/1", policy, optimizer, [0.1])
+scale.save_checkpoint({folder!r} + "_states/1", policy, optimizer, [0.1])
 expected = update(policy, optimizer)
-other = policies.shard(policies.Policy(make_model("llama", seed=1)))
+other = scale.shard(policies.Policy(make_model("llama", seed=1)))
 optimizer = adam(other)
-assert policies.load_checkpoint({folder!r} + "_states/1", other, optimizer) == [0.1]
+assert scale.load_checkpoint({folder!r} + "_states/1", other, optimizer) == [0.1]
 assert all(torch.equal(a, b) for a, b in zip(update(other, optimizer), expected))
 try:  # the folder is there: rank 0 cannot move the new one onto it, and the others must hear of it
-    policies.save_checkpoint({folder!r} + "_states/1", other, optimizer, [])
+    scale.save_checkpoint({folder!r} + "_states/1", other, optimizer, [])
 except OSError:
     pass
 else:

@@ -7,10 +7,8 @@ import sys
 
 import pytest
 
-import data
-import plots
-import report
-from conftest import ROOT
+from harness import plots, report
+from harness.rundir import read_jsonl, write_jsonl
 
 
 def candidate(source, tokens, text="x", finished=True):
@@ -21,15 +19,15 @@ def make_run(folder, iteration=1, tokens=10, finished=True, equal=0, accuracy=0.
              text="fresh", evals=None):
     """A run folder with ten prompts in one iteration, as train_loop.py would leave it."""
     (folder / f"iter_{iteration}").mkdir(parents=True)
-    data.write_jsonl(folder / f"iter_{iteration}/eval.jsonl", [
+    write_jsonl(folder / f"iter_{iteration}/eval.jsonl", [
         {"prompt_id": str(i), "response": f"{text} {i}"} for i in range(10)])
-    data.write_jsonl(folder / f"iter_{iteration}/pairs.jsonl", [{
+    write_jsonl(folder / f"iter_{iteration}/pairs.jsonl", [{
         "prompt_id": str(i), "dropped": "best and worst are equal" if i < equal else None,
         "candidates": [candidate("chosen", 5), candidate("rejected", 5),
                        candidate("sample", tokens, f"{text} {i}", finished)],
         "chosen": 2 if i % 2 else 0, "rejected": 1, "sampled": [2]} for i in range(10)])
-    old = [r for _, r in data.read_jsonl(folder / "metrics.jsonl")] if iteration > 1 else []
-    data.write_jsonl(folder / "metrics.jsonl", old + [
+    old = [r for _, r in read_jsonl(folder / "metrics.jsonl")] if iteration > 1 else []
+    write_jsonl(folder / "metrics.jsonl", old + [
         {"iteration": iteration, "phase": "train", "step": s, "loss": 0.69 - s / 100,
          "dpo_loss": 0.6, "accuracy": accuracy, "sampled_logratio": logratio, "margin": 0.1,
          "grad_norm": 1.0} for s in range(5)] + [
@@ -85,7 +83,7 @@ def test_the_table_averages_over_seeds_and_shows_the_start_once(tmp_path):
     for name, seed, score in (("SELM", 0, 0.4), ("SELM", 1, 0.8), ("DPO", 0, 0.1), ("DPO", 1, 0.3)):
         folder = tmp_path / f"{name}{seed}"
         folder.mkdir()
-        data.write_jsonl(folder / "metrics.jsonl", [
+        write_jsonl(folder / "metrics.jsonl", [
             {"iteration": k, "phase": "eval", "score": score * k} for k in (0, 1)])
         runs.append((name, folder))
     table = report.table(runs)
@@ -103,7 +101,7 @@ def test_the_figures_are_drawn_again_from_the_files_alone(tmp_path):
         (folder / "config.json").write_text(json.dumps({
             "settings": {"name": "x", "alpha": alpha}, "command": ["x"], "git_revision": None,
             "torch": "", "transformers": ""}))
-    result = subprocess.run([sys.executable, str(ROOT / "plots.py"), str(run)],
+    result = subprocess.run([sys.executable, "-m", "harness.plots", str(run)],
                             capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     for name in ("evaluation.png", "training.png"):

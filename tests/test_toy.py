@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
-import toy
+from harness import toy
 
 
 @pytest.fixture(scope="module")

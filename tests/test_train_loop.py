@@ -15,6 +15,9 @@ import data
 import model as policies
 import train_loop
 from conftest import ROOT, make_model, make_tokenizer
+from harness import scale
+from harness.rundir import read_jsonl, write_jsonl
+from harness.settings import RECIPES
 from test_model import make_trees, plain_logps
 
 WORDS = "hello there how are you the cat sat on mat and looked at moon".split()
@@ -32,7 +35,7 @@ def write_model(folder, architecture="llama", style="chatml"):
 def write_preferences(path, rows=20):
     def text(i, k):
         return " ".join(WORDS[(i * 7 + k * 3 + j * (k + 1)) % len(WORDS)] for j in range(3 + k))
-    data.write_jsonl(path, [{
+    write_jsonl(path, [{
         "prompt": text(i, 0), "prompt_id": str(i),
         "chosen": [{"role": "user", "content": text(i, 0)},
                    {"role": "assistant", "content": text(i, 1)}],
@@ -69,7 +72,7 @@ def same(a, b):
 
 
 def rows(path):
-    return [row for _, row in data.read_jsonl(path)]
+    return [row for _, row in read_jsonl(path)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ def test_the_default_command_runs_as_a_newcomer_would_run_it(tmp_path):
 def test_each_paper_recipe_runs_on_a_tiny_model_of_its_architecture(
         recipe, architecture, style, tmp_path, monkeypatch, capsys):
     """A recipe whose first real try is on eight GPUs: its template, iteration 0, learning rates."""
-    monkeypatch.setitem(train_loop.RECIPES, recipe, train_loop.RECIPES[recipe] | {
+    monkeypatch.setitem(RECIPES, recipe, RECIPES[recipe] | {
         "model": write_model(tmp_path / "model", architecture, style)})
     train_loop.main(["--model", recipe, "--data", write_preferences(tmp_path / "p.jsonl", 30),
                      "--ranker", write_judge(tmp_path / "judge.py"),
@@ -160,8 +163,10 @@ def test_reference_initial_keeps_the_first_model_as_the_anchor(command, tmp_path
     ["--alpha", "0"]], ids=" ".join)
 def test_every_option_takes_effect_and_runs_the_whole_loop(extra, command, tmp_path, monkeypatch):
     """An option that is parsed and then forgotten, or fails after an hour of sampling."""
-    made, padded = [], []
+    made, padded, loras = [], [], []
     policy, pad, load_ranker = policies.Policy, data.pad, train_loop.rank.load_ranker
+    add_lora = scale.add_lora
+    monkeypatch.setattr(scale, "add_lora", lambda lm, r: loras.append(r) or add_lora(lm, r))
     monkeypatch.setattr(policies, "Policy", lambda *a: made.append(a) or policy(*a))
     monkeypatch.setattr(data, "pad", lambda trees: padded.append(trees) or pad(trees))
     monkeypatch.setattr(train_loop.rank, "load_ranker", lambda *a, length_penalty, **k: (
@@ -171,7 +176,7 @@ def test_every_option_takes_effect_and_runs_the_whole_loop(extra, command, tmp_p
     made = [a for a in made if isinstance(a, tuple) and len(a) > 1]  # those to be trained
     assert all(a[1] == ("--gradient-checkpointing" in extra) for a in made)
     assert all((a[2] is not None) == ("bf16" in extra) for a in made)
-    assert all(a[4] == (2 if "--lora-rank" in extra else 0) for a in made)
+    assert loras == ([2] * len(made) if "--lora-rank" in extra else [])
     assert bool(padded) == ("--plain-rows" in extra)
     assert not same(weights(tmp_path / "run"), weights(tmp_path / "run", 1))
     pairs = [r for r in rows(tmp_path / "run/iter_1/pairs.jsonl") if not r["dropped"]]
@@ -331,17 +336,17 @@ def test_a_run_killed_between_two_updates_goes_on_from_its_checkpoint(
     train_loop.main(command)
     assert not (tmp_path / "run/iter_1/state").exists()
     again = [a.replace("/run", "/killed") for a in command]
-    save, group_loss, updates = policies.save_checkpoint, train_loop.group_loss, []
+    save, group_loss, updates = scale.save_checkpoint, train_loop.group_loss, []
 
     def save_and_die(*args):
         save(*args)
         raise KeyboardInterrupt
-    monkeypatch.setattr(policies, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(scale, "save_checkpoint", save_and_die)
     for _ in range(2):  # after updates 2 and 4 of 6
         with pytest.raises(KeyboardInterrupt):
             train_loop.main(again)
     assert [f.name for f in (tmp_path / "killed/iter_1/state").iterdir()] == ["000004"]
-    monkeypatch.setattr(policies, "save_checkpoint", save)
+    monkeypatch.setattr(scale, "save_checkpoint", save)
     monkeypatch.setattr(train_loop, "group_loss",
                         lambda *args: updates.append(args) or group_loss(*args))
     train_loop.main(again)
@@ -366,7 +371,7 @@ def test_drops_are_counted_by_reason(command, tmp_path, capsys):
     preferences = rows(tmp_path / "p.jsonl")
     for row in preferences[::3]:
         row["rejected"][-1]["content"] = " "
-    data.write_jsonl(tmp_path / "p.jsonl", preferences)
+    write_jsonl(tmp_path / "p.jsonl", preferences)
     (tmp_path / "judge.py").write_text(
         "def judge(prompts, candidates):\n"
         "    return [[float(len(c) if 'the' in p[-1]['content'] else 0) for c in cs]"

@@ -12,7 +12,7 @@ import math
 import statistics
 from pathlib import Path
 
-from data import read_jsonl, write_text
+from harness.rundir import read_jsonl, write_text
 
 # Student's t for 95 % intervals, by degrees of freedom.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23,

@@ -1,6 +1,6 @@
 """Figures from the files that a run leaves; no number here that is not in them.
 
-    python plots.py runs/toy        draws the figures of a run (with its baseline and seeds) again
+    python -m harness.plots runs/toy  draws the figures of a run (with its baseline and seeds) again
 
 Test: pytest tests/test_report.py.
 """
@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: a server has no display
 import matplotlib.pyplot as plt  # noqa: E402
 
-from report import EVAL_COLUMNS, mean_interval, rows_of  # noqa: E402
+from harness.report import EVAL_COLUMNS, mean_interval, rows_of  # noqa: E402
 
 # Two colours that stay apart for colour-blind eyes and in grey; SELM is always the first.
 COLOURS = {"SELM": "#d1495b", "DPO": "#30638e"}
@@ -120,5 +120,5 @@ def find_runs(run_dir):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not find_runs(sys.argv[1]):
-        sys.exit("usage: python plots.py RUN_DIR (a folder that train_loop.py wrote)")
+        sys.exit("usage: python -m harness.plots RUN_DIR (a folder that train_loop.py wrote)")
     print(*draw_all(find_runs(sys.argv[1]), Path(sys.argv[1]) / "figures"), sep="\n")

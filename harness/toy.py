@@ -23,7 +23,7 @@ anything about judges that err, long replies, or many prompts (48 are held out a
 training rows repeat the other 96).
 
 Leaves the loop to train_loop.py; the real path needs nothing of this file.
-Test: pytest tests/test_toy.py.    Build by hand: python -c "import toy; toy.build_world('w', 0)"
+Test: pytest tests/test_toy.py.    Build by hand: python -c "from harness import toy; toy.build_world('w', 0)"
 
 Legend: B prompts, S samples of each, V vocabulary.
 """
@@ -41,7 +41,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import write_jsonl, write_text
+from harness.rundir import write_jsonl, write_text
 
 # ----------------------------------------------------------------------------------------------
 # 1. Words, how common they are, and how good

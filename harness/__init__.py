@@ -1,0 +1,2 @@
+"""What surrounds the method: settings, files of a run, processes, judges, reports. Not needed to
+understand SELM."""
