@@ -34,7 +34,7 @@ from transformers import AutoTokenizer
 from harness.rundir import read_jsonl
 
 # ----------------------------------------------------------------------------------------------
-# 1. Preference records: {"prompt_id", "prompt": messages, "chosen": str, "rejected": str}
+# 1. Preference records: {"prompt_id", "prompt": messages, "data_chosen", "data_rejected"}
 # ----------------------------------------------------------------------------------------------
 
 
@@ -62,7 +62,7 @@ def parse_record(row, where):
                     for t in turns)):
             raise ValueError(f"{where}: '{name}' must be a list of messages {{role, content}} that "
                              f"ends with the assistant's")
-        responses[name] = turns[-1]["content"]
+        responses[f"data_{name}"] = turns[-1]["content"]
         prompt = prompt or [{"role": t["role"], "content": t["content"]} for t in turns[:-1]]
     if not prompt:
         prompt = row.get("prompt")

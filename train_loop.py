@@ -118,8 +118,8 @@ def sample_responses(args, path, records, chat, iteration):
 
 def candidates_of(args, record, samples, chat):
     """One row of pairs.jsonl: the distinct responses of a prompt, each with all its sources."""
-    texts = [("chosen", record["chosen"], None), ("rejected", record["rejected"], None)]
-    texts += [("sample", s["text"], s["ids"]) for s in samples]
+    texts = [("data_chosen", record["data_chosen"], None), ("data_rejected", record["data_rejected"], None)]
+    texts += [("sampled", s["text"], s["ids"]) for s in samples]
     # A sample keeps the ids that were sampled: the same text may be tokenised in several ways.
     prompt_ids, responses = data.cut(chat.prompt_ids(record["prompt"]),
                                      [ids or chat.response_ids(text) for _, text, ids in texts],
@@ -149,7 +149,7 @@ def rank_candidates(args, records, samples, chat, ranker):
     for i, row in enumerate(rows):
         index = {source: c for c, candidate in enumerate(row["candidates"])
                  for source in candidate["sources"]}
-        pair = (index["chosen"], index["rejected"])
+        pair = (index["data_chosen"], index["data_rejected"])
         if ranker:
             for candidate, score in zip(row["candidates"], scores[i]):
                 candidate["score"] = float(score)
@@ -159,7 +159,7 @@ def rank_candidates(args, records, samples, chat, ranker):
         else:
             row["chosen"], row["rejected"] = pair
         row["sampled"] = [c for c, candidate in enumerate(row["candidates"])
-                          for source in candidate["sources"] if source == "sample"]
+                          for source in candidate["sources"] if source == "sampled"]
     return gather(rows)
 
 
@@ -343,7 +343,7 @@ def evaluate(args, folder, here, path, start_path, records, start_rows, chat, ra
     for record, new in zip(records, own):
         prompt_ids, responses = data.cut(
             chat.prompt_ids(record["prompt"]),
-            [chat.response_ids(record["chosen"]), chat.response_ids(record["rejected"]),
+            [chat.response_ids(record["data_chosen"]), chat.response_ids(record["data_rejected"]),
              new["ids"]], args.max_prompt_length, args.max_length)
         trees.append(data.Tree(prompt_ids, responses, 0, 1, [2]))
     mine = slice(RANK, None, WORLD)
@@ -351,7 +351,7 @@ def evaluate(args, folder, here, path, start_path, records, start_rows, chat, ra
 
     def judge(texts):  # PairRM's scores compare: every iteration must meet the same opponents
         return rank.check_scores(gather(ranker(list(prompts[mine]), texts[mine])), texts, ids)
-    scores = judge([[a["text"], record["chosen"], record["rejected"]]
+    scores = judge([[a["text"], record["data_chosen"], record["data_rejected"]]
                     for a, record in zip(own, records)])
     duels = judge([[a["text"], b["text"]] for a, b in zip(own, start)])
     logps = {}
@@ -511,8 +511,8 @@ def check_forward(args, start, chat, records):
     """Stops a model whose log-probs we would get wrong; tries FlexAttention where it may work."""
     def trees(count, prompt, chosen, rejected):
         return [data.Tree(chat.prompt_ids(row["prompt"])[-prompt:],
-                          [chat.response_ids(row["chosen"])[:chosen],
-                           chat.response_ids(row["rejected"])[:rejected]], 0, 1, [])
+                          [chat.response_ids(row["data_chosen"])[:chosen],
+                           chat.response_ids(row["data_rejected"])[:rejected]], 0, 1, [])
                 for row in records[:count]]
 
     policy = policies.Policy(load(args, start, training=False))

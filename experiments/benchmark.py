@@ -157,8 +157,8 @@ def worker_prepare(settings):
     lm.save_pretrained(folder)
     if tokenizer and REAL_DATA.exists():
         chat = data.ChatFormat(tokenizer)
-        rows = [[chat.prompt_ids(r["prompt"]), chat.response_ids(r["chosen"]),
-                 chat.response_ids(r["rejected"])] for r in data.load_records(REAL_DATA)]
+        rows = [[chat.prompt_ids(r["prompt"]), chat.response_ids(r["data_chosen"]),
+                 chat.response_ids(r["data_rejected"])] for r in data.load_records(REAL_DATA)]
     else:
         rows = synthetic_rows(600)
     stop = sorted(data.ChatFormat(tokenizer).stop_ids) if tokenizer else [2]

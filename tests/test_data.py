@@ -31,7 +31,7 @@ def test_only_the_last_assistant_turn_of_a_long_conversation_is_the_response():
     """Training on the earlier assistant turns, which chosen and rejected share."""
     record = data.parse_record(row(), "x")
     assert record == {"prompt_id": "7", "prompt": CHAT,
-                      "chosen": "on the mat", "rejected": "at the moon"}
+                      "data_chosen": "on the mat", "data_rejected": "at the moon"}
 
 
 @pytest.mark.parametrize("broken, words", [
@@ -42,7 +42,7 @@ def test_only_the_last_assistant_turn_of_a_long_conversation_is_the_response():
 def test_a_malformed_row_is_named_with_its_place_and_field(broken, words):
     """A KeyError deep in the run instead of one line at its start."""
     if words is None:
-        assert data.parse_record(row(**broken), "f, line 3")["chosen"] == "only a string"
+        assert data.parse_record(row(**broken), "f, line 3")["data_chosen"] == "only a string"
         return
     with pytest.raises(ValueError, match="f, line 3.*" + words):
         data.parse_record(row(**broken), "f, line 3")

@@ -23,8 +23,8 @@ def make_run(folder, iteration=1, tokens=10, finished=True, equal=0, accuracy=0.
         {"prompt_id": str(i), "response": f"{text} {i}"} for i in range(10)])
     write_jsonl(folder / f"iter_{iteration}/pairs.jsonl", [{
         "prompt_id": str(i), "dropped": "best and worst are equal" if i < equal else None,
-        "candidates": [candidate("chosen", 5), candidate("rejected", 5),
-                       candidate("sample", tokens, f"{text} {i}", finished)],
+        "candidates": [candidate("data_chosen", 5), candidate("data_rejected", 5),
+                       candidate("sampled", tokens, f"{text} {i}", finished)],
         "chosen": 2 if i % 2 else 0, "rejected": 1, "sampled": [2]} for i in range(10)])
     old = [r for _, r in read_jsonl(folder / "metrics.jsonl")] if iteration > 1 else []
     write_jsonl(folder / "metrics.jsonl", old + [

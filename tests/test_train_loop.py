@@ -117,7 +117,7 @@ def test_each_paper_recipe_runs_on_a_tiny_model_of_its_architecture(
         pairs = rows(tmp_path / f"run/iter_{k}/pairs.jsonl")
         assert all(bool(row["sampled"]) == (k > 0) for row in pairs)
         if k == 0:  # plain offline DPO on the data's own pairs
-            assert all("chosen" in row["candidates"][row["chosen"]]["sources"] for row in pairs)
+            assert all("data_chosen" in row["candidates"][row["chosen"]]["sources"] for row in pairs)
     steps = rows(tmp_path / "run/metrics.jsonl")
     peaks = [max(r["lr"] for r in steps if r["phase"] == "train" and r["iteration"] == k)
              for k in range(0 if offline else 1, 4)]
