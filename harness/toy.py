@@ -19,11 +19,12 @@
 What it is for: the loop runs in a second, through the same door as a real model (a Hugging Face
 folder, a JSONL preference file, a ranker), and `true_measures` says what no real run can know: the
 true reward, the KL from the base model, the entropy, the words still in use. What it cannot show:
-anything about judges that err, long replies, or many prompts (48 are held out as test prompts; the
-training rows repeat the other 96).
+anything about judges that err, long replies, or many prompts: 48 are held out as test prompts, the
+training rows repeat the other 96 with ever new pairs, and an iteration sees 32 of them.
 
 Leaves the loop to train_loop.py; the real path needs nothing of this file.
-Test: pytest tests/test_toy.py.    Build by hand: python -c "from harness import toy; toy.build_world('w', 0)"
+Test: pytest tests/test_toy.py.
+Build by hand: python -c "from harness import toy; toy.build_world('w', 0)"
 
 Legend: B prompts, S samples of each, V vocabulary.
 """
@@ -217,13 +218,15 @@ def split_prompts():
 
 def preference_rows(prompts, variant, name):
     """One UltraFeedback-binarized row a (verb, animal): two replies of the SFT distribution, the
-    better one chosen by the true reward; equal rewards are drawn again. `name` is the seed."""
-    rng, ranker, rows = random.Random(name), oracle(variant), []
+    better one chosen by the true reward; drawn again are equal rewards, and what a prompt has
+    already (a reader of rows leaves repetitions out). `name` is the seed."""
+    rng, ranker, rows, known = random.Random(name), oracle(variant), [], set()
     for i, (verb, animal) in enumerate(prompts):
-        messages, scores = question(verb, animal), (0, 0)
-        while scores[0] == scores[1]:
+        messages, scores, replies = question(verb, animal), (0, 0), []
+        while scores[0] == scores[1] or (verb, animal, *sorted(replies)) in known:
             replies = [draw_reply(rng, FAMILY_OF[animal]) for _ in range(2)]
             [scores] = ranker([messages], [replies])
+        known.add((verb, animal, *sorted(replies)))
         row = {"prompt": messages[0]["content"], "prompt_id": f"{name} {i}"}
         for role, score, reply in zip(("rejected", "chosen"), *zip(*sorted(zip(scores, replies)))):
             row[role] = [*messages, {"role": "assistant", "content": reply}]
@@ -256,12 +259,34 @@ def build_world(folder, seed, *, variant="default", prompts=TRAIN_ROWS, progress
     model.save_pretrained(unfinished / "base")
     tokenizer.save_pretrained(unfinished / "base")
     train, test = split_prompts()
-    train = random.Random(f"prompts {seed}").choices(train, k=prompts)
-    for name, pairs in (("train", train), ("test", test)):
+    for name, pairs in (("train", repeated(train, prompts, seed)), ("test", test)):
         rows = preference_rows(pairs, variant, f"toy {variant} {seed} {name}")
         write_jsonl(unfinished / f"{name}.jsonl", rows)
     write_text(unfinished / "world.json", json.dumps(world))
     os.replace(unfinished, folder)
+
+
+def repeated(prompts, rows, seed):
+    """`rows` prompts in an order drawn by seed, every prompt equally often: three disjoint portions
+    of 32 prompts have 512 rows each."""
+    order = random.Random(f"prompts {seed}").sample(prompts, len(prompts))
+    return [order[i % len(order)] for i in range(rows)]
+
+
+def textbook_world(seed, rows, portions=3):
+    """The same without files, for textbook.py -> (model, tokenizer, portions of records, test
+    prompts); a record is {"prompt": messages, "data_chosen": text, "data_rejected": text}."""
+    model, tokenizer = train_base(seed)
+    train, test = split_prompts()
+    order = repeated(train, len(train), seed)
+    share = len(train) // portions
+    result = []
+    for k in range(portions):
+        prompts = repeated(order[k * share:(k + 1) * share], rows, seed)
+        result.append([{"prompt": row["chosen"][:-1], "data_chosen": row["chosen"][-1]["content"],
+                        "data_rejected": row["rejected"][-1]["content"]}
+                       for row in preference_rows(prompts, "default", f"textbook {seed} {k}")])
+    return model, tokenizer, result, [question(*prompt) for prompt in test]
 
 
 # ----------------------------------------------------------------------------------------------

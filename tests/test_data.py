@@ -1,98 +1,104 @@
-"""Records, the tokenisation contract for four families of chat templates, portions, packing."""
+"""Portions, the tokenisation contract for the recipes' chat templates, packing."""
 
-import json
+import random
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import data
 from conftest import END_TOKENS, TEMPLATES, make_tokenizer
-from harness import rundir
-from harness.rundir import read_jsonl, write_jsonl
 
 CHAT = [{"role": "user", "content": "hello there"},
         {"role": "assistant", "content": "how are you?"},
         {"role": "user", "content": "the cat sat"}]
 
 
-def row(**changes):
-    chosen = CHAT + [{"role": "assistant", "content": "on the mat"}]
-    rejected = CHAT + [{"role": "assistant", "content": "at the moon"}]
-    return {"prompt": "the cat sat", "prompt_id": "7",
-            "chosen": chosen, "rejected": rejected} | changes
+def record(prompt, number=0, name=None):
+    return {"prompt_id": name or f"{prompt} {number}", "data_chosen": str(number),
+            "data_rejected": "no", "prompt": [{"role": "user", "content": prompt}]}
 
 
 # ----------------------------------------------------------------------------------------------
-# Records
+# Portions
 # ----------------------------------------------------------------------------------------------
 
 
-def test_only_the_last_assistant_turn_of_a_long_conversation_is_the_response():
-    """Training on the earlier assistant turns, which chosen and rejected share."""
-    record = data.parse_record(row(), "x")
-    assert record == {"prompt_id": "7", "prompt": CHAT,
-                      "data_chosen": "on the mat", "data_rejected": "at the moon"}
-
-
-@pytest.mark.parametrize("broken, words", [
-    ({"chosen": "only a string"}, None),
-    ({"rejected": []}, "'rejected' must be"),
-    ({"chosen": CHAT}, "'chosen' must be"),
-    ({"chosen": "a", "rejected": "b", "prompt": None}, "'prompt'")])
-def test_a_malformed_row_is_named_with_its_place_and_field(broken, words):
-    """A KeyError deep in the run instead of one line at its start."""
-    if words is None:
-        assert data.parse_record(row(**broken), "f, line 3")["data_chosen"] == "only a string"
-        return
-    with pytest.raises(ValueError, match="f, line 3.*" + words):
-        data.parse_record(row(**broken), "f, line 3")
-
-
-def test_a_missing_field_names_what_was_found():
-    """An error that does not help to find the misspelt column."""
-    broken = row()
-    broken["choosen"] = broken.pop("chosen")
-    with pytest.raises(ValueError, match="no field 'chosen'.*choosen"):
-        data.parse_record(broken, "f, line 3")
-
-
-def test_a_broken_line_of_a_file_is_named_by_its_number(tmp_path):
-    """Blaming the file as a whole when line 3 of 60,000 is at fault."""
-    path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps(row()) + "\n\n{oops\n")
-    with pytest.raises(ValueError, match="line 3: not valid JSON"):
-        data.load_records(path)
-    with pytest.raises(ValueError, match="no such file"):
-        data.load_records(tmp_path / "absent.jsonl")
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="no preference rows"):
-        data.load_records(path)
+def prompts(records):
+    return {r["prompt"][0]["content"] for r in records}
 
 
 def test_portions_are_disjoint_of_equal_size_and_repeat_with_the_seed():
-    """A prompt that is trained on in two iterations; a shuffle that differs from run to run."""
-    records = [{"prompt_id": str(i)} for i in range(100)]
+    """A prompt that is trained on in two iterations; a shuffle that differs from run to run, or
+    from that of runs that are under way."""
+    records = [record(str(i)) for i in range(100)]
     portions = data.split_portions(records, 3, seed=5)
-    ids = [r["prompt_id"] for portion in portions for r in portion]
-    assert [len(p) for p in portions] == [33, 33, 33] and len(set(ids)) == 99
-    assert data.split_portions(records, 3, seed=5) == portions
+    shuffled = random.Random(5).sample(records, 100)
+    assert portions == [shuffled[:33], shuffled[33:66], shuffled[66:99]]
     assert data.split_portions(records, 3, seed=6) != portions
-    assert [len(p) for p in data.split_portions(records, 3, limit=10)] == [10, 10, 10]
+    shuffled = random.Random(0).sample(records, 100)
+    assert data.split_portions(records, 3, limit=10) == [shuffled[i:i + 10] for i in (0, 10, 20)]
+    assert data.split_portions(records, 1) == [shuffled]
     with pytest.raises(ValueError, match="cannot be split"):
         data.split_portions(records[:2], 3)
+    with pytest.raises(ValueError, match="2 prompts cannot be split"):
+        data.split_portions([record("a", i) for i in range(50)] + [record("b")], 3)
 
 
-def test_repeated_prompts_are_kept_once(tmp_path):
-    """Portions that are disjoint as rows but not as prompts."""
-    path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps(row()) + "\n" + json.dumps(row()) + "\n")
-    assert len(data.load_records(path)) == 1
+@pytest.mark.parametrize("limit", [None, 7])
+@pytest.mark.parametrize("pairs", [[4, 4, 4], [16] * 96, [1, 2, 3] * 20, [40] + [1] * 60,
+                                   [20, 1, 1, 1, 1], [1, 1, 1], [9] * 10])
+def test_a_prompt_with_many_pairs_stays_in_one_portion_whatever_its_ids_say(pairs, limit):
+    """One prompt under several ids in two portions; a portion that is left empty, or far larger
+    than others, by a prompt with many pairs; one id for all rows that makes them one prompt."""
+    records = [record(f"prompt {i}" + " " * (k % 2), k, "train") for i, n in enumerate(pairs)
+               for k in range(n)]
+    portions = data.split_portions(records, 3, limit)
+    seen = [{p.strip() for p in prompts(portion)} for portion in portions]
+    assert all(seen) and sum(map(len, seen)) == len(set.union(*seen))
+    sizes = list(map(len, portions))
+    rows = {(r["prompt"][0]["content"], r["data_chosen"]) for p in portions for r in p}
+    assert len(rows) == sum(sizes)  # none twice
+    if limit:
+        assert max(sizes) <= limit
+        assert min(sizes) == limit or sum(pairs) < 3 * limit or 20 in pairs
+    elif len(set(pairs)) == 1:  # equal shares of prompts, all their pairs in them
+        assert sizes == [len(pairs) // 3 * pairs[0]] * 3
+    else:  # no portion is short of a third by more than the largest prompt
+        assert sum(pairs) / 3 - min(sizes) <= max(pairs)
 
 
-def test_the_real_preference_file_parses(real_preferences):
-    """A schema of UltraFeedback-binarized that the parser does not know."""
-    records = data.load_records(real_preferences)
-    assert len(records) == 600 and all(r["prompt"][-1]["role"] == "user" for r in records)
+def test_portions_share_what_a_heavy_prompt_leaves_over():
+    """The last portion gets the crumbs, because the first took its third of all records."""
+    records = [record("heavy", k) for k in range(40)] + [record(str(i)) for i in range(60)]
+    for seed in range(5):
+        assert list(map(len, data.split_portions(records, 3, seed=seed))) == [40, 30, 30]
+
+
+def test_prompts_with_many_pairs_do_not_crowd_into_the_first_portion():
+    """Portions that are disjoint but of another kind: all prompts with many pairs come first."""
+    records = [record(f"{n} {i}", k) for n, count in ((1, 300), (6, 150)) for i in range(count)
+               for k in range(n)]
+    many = [sum(p[0] == "6" for p in prompts(portion))
+            for portion in data.split_portions(records, 3)]
+    assert sum(many) == 150 and max(many) < 70
+
+
+def test_held_out_prompts_leave_training_with_all_their_pairs():
+    """Held-out prompts that are trained on under another id (20 of 20 in one trial)."""
+    unique = [record(str(i)) for i in range(100)]
+    shuffled = random.Random(3).sample(unique, 100)
+    assert data.hold_out(unique, 8, 3) == (shuffled[8:], shuffled[:8])
+    assert data.hold_out(unique, 50, 3) == (shuffled[20:], shuffled[:20])  # a fifth at most
+    assert data.hold_out(unique, 0, 3) == (shuffled, [])
+    repeated = [record(str(i % 50), i) for i in range(200)]
+    training, held_out = data.hold_out(repeated, 8)
+    assert len(held_out) == len(prompts(held_out)) == 8 and len(training) == 200 - 8 * 4
+    assert not prompts(training) & prompts(held_out)
+    assert len(data.hold_out(repeated, 30)[1]) == 10  # 10 prompts take 40 of the 200 rows along
+    test_split = [record(" 7\n", name="other"), record("elsewhere")]
+    assert data.leave_out(unique, test_split) == unique[:7] + unique[8:]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -128,7 +134,7 @@ def test_prompt_plus_response_is_the_rendered_conversation(chat):
     answer = "how are you?"
     whole = chat.tokenizer.apply_chat_template(
         CHAT + [{"role": "assistant", "content": answer}], tokenize=True, return_dict=False)
-    ids = chat.prompt_ids(CHAT) + chat.response_ids(answer)
+    ids = chat.prompt_ids(CHAT) + chat.response_ids(CHAT, answer)
     assert list(whole)[:len(ids)] == ids  # a template may add a newline after the end token
 
 
@@ -137,39 +143,11 @@ def test_a_response_ends_with_the_end_token_once_and_has_no_bos(chat, text):
     """A second end token, a BOS in the middle, text lost at the border to the header."""
     if text.find("</s>") > 0:
         text = text.replace("</s>", END_TOKENS[chat.tokenizer.style])
-    ids = chat.response_ids(text)
+    ids = chat.response_ids(CHAT, text)
     assert ids[-1] == chat.end_id and ids.count(chat.end_id) == 1
     assert chat.tokenizer.bos_token_id not in ids
-    quoted = text.partition(END_TOKENS[chat.tokenizer.style])[0]
-    assert chat.tokenizer.decode(ids[:-1]) == quoted
-
-
-def test_sentencepiece_puts_no_space_that_the_policy_would_never_sample():
-    """Tokenising the response by itself: 'Hello' becomes '▁Hello', but after 'assistant\\n' the
-    policy says 'Hello'; the data's responses look unlikely by their first token alone."""
-    from tokenizers import Tokenizer, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-    pieces = ["<unk>", "<s>", "</s>", "▁", "\n", "Hello", "▁Hello", "▁<|assistant|>", "<|user|>",
-              "x"]
-    core = Tokenizer(models.Unigram([(p, -1.0 if p != "<unk>" else 0.0) for p in pieces], 0))
-    core.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
-                                        unk_token="<unk>", chat_template=TEMPLATES["zephyr"])
-    chat = data.ChatFormat(tokenizer)
-    by_itself = tokenizer("Hello", add_special_tokens=False)["input_ids"]
-    assert tokenizer.convert_ids_to_tokens(by_itself) == ["▁Hello"]
-    assert tokenizer.convert_ids_to_tokens(chat.response_ids("Hello")) == ["Hello", "</s>"]
-
-
-def test_a_template_that_never_closes_the_turn_falls_back_to_eos_or_is_refused():
-    """Responses that cannot end, found out only when every sample hits the length limit."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert data.ChatFormat(tokenizer).end_id == tokenizer.eos_token_id
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ### ' }}{% endfor %}"
-    with pytest.raises(ValueError, match="does not close the assistant's turn"):
-        data.ChatFormat(tokenizer)
+    text = text.strip() if chat.tokenizer.style == "llama3" else text  # its template trims
+    assert chat.tokenizer.decode(ids[:-1]) == text.partition(END_TOKENS[chat.tokenizer.style])[0]
 
 
 def test_a_model_without_a_chat_template_is_told_what_to_pass(tmp_path):
@@ -181,8 +159,11 @@ def test_a_model_without_a_chat_template_is_told_what_to_pass(tmp_path):
         data.load_tokenizer(tmp_path)
     (tmp_path / "t.jinja").write_text(TEMPLATES["chatml"])
     assert data.load_tokenizer(tmp_path, tmp_path / "t.jinja").chat_template == TEMPLATES["chatml"]
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="absent.jinja: cannot be read .No such file"):
         data.load_tokenizer(tmp_path, tmp_path / "absent.jinja")
+    (tmp_path / "t.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        data.load_tokenizer(tmp_path, tmp_path / "t.jinja")
 
 
 def test_prompts_are_cut_from_the_left_and_all_responses_from_the_right_by_one_rule():
@@ -190,6 +171,14 @@ def test_prompts_are_cut_from_the_left_and_all_responses_from_the_right_by_one_r
     prompt, responses = data.cut(list(range(10)), [[1] * 9, [2] * 3, [3] * 7], 4, 9)
     assert prompt == [6, 7, 8, 9]
     assert responses == [[1] * 5, [2] * 3, [3] * 5]
+
+
+@pytest.mark.parametrize("limit, left", [(9, [5, 1, 2, 3]), (4, [5, 1, 2, 3]), (3, [5, 2, 3]),
+                                         (1, [5])])
+def test_a_cut_prompt_keeps_its_bos(limit, left):
+    """A policy that sees texts without the token with which all its texts began."""
+    assert data.cut([5, 1, 2, 3], [[7]], limit, 9, bos_id=5) == (left, [[7]])
+    assert data.cut([5, 1, 2, 3], [[7]], limit, 9, bos_id=4)[0] == [5, 1, 2, 3][-limit:]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -229,7 +218,7 @@ def test_an_empty_response_is_refused_by_packing():
 @pytest.mark.parametrize("lengths, budget", [([5, 3, 8, 2, 7, 1], 10), ([30, 1], 10), ([4] * 9, 8)])
 def test_micro_batches_hold_every_tree_once_within_the_budget(lengths, budget):
     """A tree lost or trained on twice; a budget that is only a wish."""
-    groups = data.plan_micro_batches(lengths, budget)
+    groups = data.plan_packed([data.Size(n, 2, n) for n in lengths], budget)
     assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
     for group in groups:
         assert len(group) == 1 or sum(lengths[i] for i in group) <= budget
@@ -240,18 +229,39 @@ def test_plain_rows_stay_within_the_budget_with_their_padding(budget):
     """A budget that counts real tokens while memory pays for padded ones."""
     sizes = [(3, (4, 2)), (1, (9,)), (5, (1, 1, 1)), (2, (2, 7)), (4, (3,))]
     trees = [data.Tree([1] * p, [[2] * n for n in ns], 0, 0, []) for p, ns in sizes]
-    groups = data.plan_plain_rows(trees, budget)
+    groups = data.plan_plain_rows([tree.size for tree in trees], budget)
     assert sorted(i for g in groups for i in g) == list(range(len(trees)))
     for group in groups:
         assert len(group) == 1 or data.pad([trees[i] for i in group]).input_ids.numel() <= budget
 
 
-def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
-    """A half-written phase file that the resumed run takes for a finished one."""
-    path = tmp_path / "x.jsonl"
-    write_jsonl(path, [{"a": 1}])
-    monkeypatch.setattr(
-        rundir.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError):
-        write_jsonl(path, [{"a": 2}] * 1000)
-    assert [r for _, r in read_jsonl(path)] == [{"a": 1}]
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_all_processes_together_see_every_tree_once_an_epoch_in_as_many_micro_batches(processes):
+    """Trees that no process or two of them train on; a process that waits for ever, because the
+    others have one micro-batch more; batches of another size with another number of processes."""
+    batching = SimpleNamespace(batch_size=7, tokens_per_forward=20, plain_rows=False)
+    sizes = [data.Size(3 + i * 5 % 13, 2, 9) for i in range(17)]
+    plans = [data.plan_updates(sizes, batching, 1, p, processes) for p in range(processes)]
+    alone = data.plan_updates(sizes, batching, 1)
+    for u, batches in enumerate(zip(*plans)):
+        assert {b.examples for b in batches} == {alone[u].examples}
+        assert len({len(b.micro_batches) for b in batches}) == 1
+        seen = sorted(i for b in batches for micro in b.micro_batches for i in micro)
+        assert seen == sorted(i for micro in alone[u].micro_batches for i in micro)
+    assert [b.examples for b in alone] == [7, 7, 3]
+    assert sorted(i for b in alone for m in b.micro_batches for i in m) == list(range(17))
+    assert data.plan_updates(sizes, batching, 2) != alone
+
+
+def test_a_tree_of_a_row_has_only_what_the_loss_needs_and_keeps_its_roles():
+    """y computed for plain DPO too; a role that points at its place in the row, not in the tree;
+    reference log-probs of other candidates."""
+    row = {"prompt_id": "a", "prompt_ids": [1, 2], "chosen": 3, "rejected": 0, "sampled": [2, 3],
+           "candidates": [{"ids": [10 + c]} for c in range(4)]}
+    tree = data.make_tree(row, 0.3, [-1.0, None, -3.0, -4.0])
+    assert (tree.responses, tree.candidates) == ([[10], [12], [13]], [0, 2, 3])
+    assert (tree.chosen, tree.rejected, tree.sampled) == (2, 0, [1, 2])
+    assert tree.ref_logps == [-1.0, -3.0, -4.0] and tree.size == (5, 3, 3)
+    tree = data.make_tree(row, 0.0, [-1.0, None, None, -4.0])
+    assert (tree.responses, tree.chosen, tree.rejected, tree.sampled) == ([[10], [13]], 1, 0, [])
+    assert tree.ref_logps == [-1.0, -4.0]

@@ -1,0 +1,367 @@
+"""ChatFormat over the published shapes of chat templates: the template's own tokens, or a refusal.
+
+The oracle is `apply_chat_template` on the finished conversation, which ChatFormat never tokenises
+as a whole with its end. Templates are written anew after their published formats.
+"""
+
+import functools
+import re
+
+import pytest
+from tokenizers import (
+    Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers)
+from transformers import PreTrainedTokenizerFast
+
+import data
+from conftest import TEMPLATES
+
+CHATML_PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+CHATML = TEMPLATES["chatml"]
+ALTERNATE = ("{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+             "{{ raise_exception('roles must alternate') }}{% endif %}")
+NO_SYSTEM = ("{% if messages[0]['role'] == 'system' %}"
+             "{{ raise_exception('System role not supported') }}{% endif %}")
+INST = "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+R1 = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+      "{{ '<|Assistant|>' + m['content'].split('</think>')[-1] + eos_token }}{% else %}"
+      "{{ '<|User|>' + m['content'] }}{% endif %}{% endfor %}")
+QWEN3 = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+         "{% if m['role'] == 'assistant' and loop.last and '<think>' not in m['content'] %}"
+         "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}")
+
+# name: (template, the token that ends the assistant's turn, what the template does to a text)
+SHAPES = {name: (template, end, str.strip if name == "llama3" else str) for name, template, end in [
+    ("zephyr", TEMPLATES["zephyr"], "</s>"), ("llama3", TEMPLATES["llama3"], "<|eot_id|>"),
+    ("phi3", TEMPLATES["phi3"], "<|end|>"), ("chatml", CHATML, "<|im_end|>")]} | {
+    "phi3_with_eos_behind_all": (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+        "{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}",
+        "<|end|>", str),
+    "default_system": (
+        "{% if messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}" + CHATML,
+        "<|im_end|>", str),
+    "trims_content": (
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n\n' + (m['content'] | trim)"
+        " + '<|eot|>' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}", "<|eot|>", str.strip),
+    "gemma": (
+        NO_SYSTEM + "{{ bos_token }}{% for m in messages %}" + ALTERNATE + "{{ '<start_of_turn>' + "
+        "('model' if m['role'] == 'assistant' else m['role']) + '\n' + (m['content'] | trim) + "
+        "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<start_of_turn>model\n' }}{% endif %}", "<end_of_turn>", str.strip),
+    "mistral": (
+        NO_SYSTEM + "{{ bos_token }}{% for m in messages %}" + ALTERNATE + INST +
+        "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}", "</s>", str),
+    "mistral_with_system_in_the_last_user_turn": (
+        "{% set system = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' "
+        "else '' %}{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ '[INST] ' + (system if loop.last else '') + m['content'] + '[/INST]' }}"
+        "{% elif m['role'] == 'assistant' %}"
+        "{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}", "</s>", str),
+    "space_around_answer": (  # and a system turn that it takes for an answer, before any BOS
+        "{% for m in messages %}{% if m['role']=='user' %}{{ bos_token + '[INST] ' + m['content']"
+        " + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}"
+        "{% endfor %}", "</s>", str),
+    "llama2": (
+        "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' if "
+        "messages[0]['role'] == 'system' else '' %}"
+        "{% for m in (messages[1:] if system else messages) %}{% if m['role'] == 'user' %}"
+        "{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'] + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}", "</s>", str),
+    "newline_before_end": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+        "'\n<|im_end|>\n' }}{% endfor %}" + CHATML_PROMPT, "<|im_end|>", str),
+    "newline_behind_header": (
+        CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant'"), "<|im_end|>", str),
+    "words_before_end": (
+        "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '\n\n' + ('<|done|>'"
+        " if m['role'] == 'assistant' else '') }}{% endfor %}"
+        "{{ '### assistant:\n' if add_generation_prompt else '' }}", "<|done|>", str),
+    "qwen3": (QWEN3 + "{% if enable_thinking is defined and not enable_thinking %}"
+              "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}", "<|im_end|>", str),
+    "deepseek_r1": (R1 + "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}",
+                    None, str),
+    "deepseek_v3_1": (
+        R1.replace("'<|Assistant|>'", "'<|Assistant|></think>'") +
+        "{{ '<|Assistant|></think>' if add_generation_prompt else '' }}", "</s>", str),
+    "thinks_always": (QWEN3 + "{{ '<think>\n' }}{% endif %}", None, str),
+    "glm_with_a_switch": (
+        "[gMASK]<sop>{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}{% if m['role'] == "
+        "'assistant' and loop.last %}{{ '<think></think>\n' }}{% endif %}{{ m['content'] | trim }}"
+        "{% if m['role'] == 'assistant' %}{{ '<|endoftext|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' + ('<think></think>\n' if "
+        "enable_thinking is defined and not enable_thinking else '<think>') }}{% endif %}",
+        "<|endoftext|>", str.strip),
+    "gpt_oss_channel": (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|start|>assistant<|channel|>"
+        "final<|message|>' + m['content'] }}{{ '<|return|>' if loop.last else '<|end|>' }}"
+        "{% else %}{{ '<|start|>' + m['role'] + '<|message|>' + m['content'] + '<|end|>' }}"
+        "{% endif %}{% endfor %}{{ '<|start|>assistant' if add_generation_prompt }}",
+        "<|return|>", str),
+    "an_empty_analysis_before_the_answer": (  # the end token stands in the lead too
+        "{% for m in messages %}{{ '<|start|>' + m['role'] }}{% if m['role'] == 'assistant' %}{{ "
+        "'<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>' }}"
+        "{% else %}{{ '<|message|>' }}{% endif %}{{ m['content'] + '<|end|>' }}{% endfor %}"
+        "{{ '<|start|>assistant' if add_generation_prompt else '' }}", "<|end|>", str),
+    "command_r": (
+        "{{ bos_token }}{% for m in messages %}{{ '<|START|>' + m['role'] + ('<|START_RESPONSE|>' "
+        "if m['role'] == 'assistant' else '') + m['content'] + ('<|END_RESPONSE|>' if m['role'] "
+        "== 'assistant' else '') + '<|END|>' }}{% endfor %}"
+        "{{ '<|START|>assistant' if add_generation_prompt else '' }}", "<|END_RESPONSE|>", str),
+    "upper_case": (CHATML.replace("m['content']", "m['content'] | upper"), None, str)}
+USER = {"role": "user", "content": "the cat sat on the mat"}
+SYSTEM = {"role": "system", "content": "you are a cat"}
+LONG = [{"role": "user", "content": " how are you?\n"},
+        {"role": "assistant", "content": "\nlooked at the moon"}, USER]
+CONVERSATIONS = {"one turn": [USER], "system": [SYSTEM, USER], "turns": LONG,
+                 "system and turns": [SYSTEM, *LONG]}
+TEXTS = ["hello", "\nhello\n", "  hello ", "hello\n\nthere", "hello there 🙂\n", "", " ",
+         "</p>\n```"]
+
+
+@functools.cache
+def pieces(specials):
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator(
+        ["hello there, how are you? the cat sat on the mat and looked at the moon " * 5],
+        trainers.BpeTrainer(vocab_size=400, special_tokens=list(specials), show_progress=False,
+                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return core.to_str()
+
+
+def make(template, adds_bos=False, specials=(), added=()):
+    """A byte-level BPE that knows the special tokens that stand in the template; `added`: tokens
+    that are not marked as special."""
+    found = re.findall(r"<\|\w+\|>|<\w+_of_turn>|\[gMASK\]|<sop>", template)
+    if "'<|' + m" in template:
+        found += ["<|system|>", "<|user|>", "<|assistant|>"]
+    core = Tokenizer.from_str(pieces(tuple(dict.fromkeys(
+        ["<pad>", "<s>", "</s>", *found, *specials]))))
+    core.add_tokens(list(added))
+    if adds_bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
+                                   pad_token="<pad>", chat_template=template)
+
+
+def finished_ids(tokenizer, messages, text, end):
+    """The oracle: the template's own ids of the whole conversation, up to the last end token."""
+    ids = list(tokenizer.apply_chat_template(
+        [*messages, {"role": "assistant", "content": text}], tokenize=True, return_dict=False))
+    return ids[:len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids(end))]
+
+
+# ----------------------------------------------------------------------------------------------
+# Ids
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompt_and_response_are_the_templates_own_tokens_or_the_model_is_refused(shape):
+    """A space, newline, channel or thought that the template puts around an answer is lost; a
+    template that trims, or whose prompt opens a thought, is taken for one that does not."""
+    template, end, _ = SHAPES[shape]
+    tokenizer = make(template)
+    if end is None:
+        with pytest.raises(ValueError, match="chat template") as refusal:
+            data.ChatFormat(tokenizer)
+        assert "\n" not in str(refusal.value)
+        return
+    chat, equal, refused = data.ChatFormat(tokenizer), 0, set()
+    assert tokenizer.convert_ids_to_tokens(chat.end_id) == end
+    for name, messages in CONVERSATIONS.items():
+        for text in TEXTS:
+            try:
+                ids = chat.prompt_ids(messages) + chat.response_ids(messages, text)
+            except ValueError as refusal:
+                assert "chat template" in str(refusal) and "\n" not in str(refusal)
+                refused.add(name)
+                continue
+            equal += 1
+            assert ids == finished_ids(tokenizer, messages, text, end), (name, text)
+    system = {"system", "system and turns"}
+    assert refused == (system if shape in ("gemma", "mistral", "mistral_with_system_in_the_last_"
+                                           "user_turn") else set())
+    assert equal == len(TEXTS) * (len(CONVERSATIONS) - len(refused))
+
+
+def test_a_thought_that_the_prompt_opens_is_closed_with_the_templates_switch_and_said():
+    """y starts inside a thought that the data's responses never have; or it is closed silently."""
+    chat = data.ChatFormat(make(SHAPES["glm_with_a_switch"][0]))
+    assert chat.render([USER], "hello")[0].endswith("<|assistant|>\n<think></think>\n")
+    assert "opens a thought" in chat.note and "enable_thinking=False" in chat.note
+    assert data.ChatFormat(make(CHATML)).note is None
+
+
+def test_many_conversations_in_one_call_give_the_ids_of_single_calls():
+    """Results in another order than the conversations, or a prompt's ids given to its neighbour."""
+    chat = data.ChatFormat(make(CHATML, adds_bos=True))
+    pairs = [(messages, text) for text in TEXTS for messages in CONVERSATIONS.values()]
+    assert chat.responses_ids(pairs) == [chat.response_ids(*pair) for pair in pairs]
+    conversations = list(CONVERSATIONS.values())
+    assert chat.prompts_ids(conversations) == [chat.prompt_ids(c) for c in conversations]
+    assert chat.prompts_ids([]) == chat.responses_ids([]) == []
+
+
+def test_a_token_that_grows_over_the_border_leaves_the_prompt_as_the_sampler_sees_it():
+    """The header's newline and the answer's make one token: the prompt loses its last token, and
+    the response its newline, or the response starts in the middle of a word."""
+    core = Tokenizer(models.BPE(
+        vocab={t: i for i, t in enumerate(["<|im_start|>", "<|im_end|>", "<s>", "</s>", "Ċ", "ĊĊ",
+                                           "ĊĊĊ", *sorted(set("assistantuserhi:xĠ"))])},
+        merges=[("Ċ", "Ċ"), ("ĊĊ", "Ċ")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>", "<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
+                                        chat_template=CHATML)
+    chat, hi = data.ChatFormat(tokenizer), [{"role": "user", "content": "hi"}]
+    tokens = tokenizer.convert_ids_to_tokens
+    assert tokens(chat.prompt_ids(hi))[-1] == "Ċ"
+    assert tokens(chat.response_ids(hi, "\n\nhi")) == ["ĊĊ", "h", "i", "<|im_end|>"]
+    assert tokens(chat.response_ids(hi, "hi")) == ["h", "i", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("text", ["Hello", "\nHello"])
+def test_sentencepiece_puts_no_space_that_the_policy_would_never_sample(text):
+    """Tokenising the response by itself: 'Hello' becomes '▁Hello', but after 'assistant\\n' the
+    policy says 'Hello'; the data's responses look unlikely by their first token alone."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", "\n", "\n\n", "Hello", "▁Hello", "▁<|assistant|>",
+              "<|user|>", "x"]
+    core = Tokenizer(models.Unigram([(p, -1.0 if p != "<unk>" else 0.0) for p in pieces], 0))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
+                                        unk_token="<unk>", chat_template=TEMPLATES["zephyr"])
+    by_itself = tokenizer("Hello", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(by_itself) == ["▁Hello"]
+    ids = data.ChatFormat(tokenizer).response_ids([{"role": "user", "content": "x"}], text)
+    assert tokenizer.convert_ids_to_tokens(ids) == [*text.partition("Hello")[0], "Hello", "</s>"]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("shape", ["zephyr", "llama3", "llama2", "qwen3", "gemma"])
+def test_there_is_one_bos_where_template_or_tokenizer_begins_texts_with_one(shape, adds_bos):
+    """Zephyr: the tokenizer adds a BOS that its template lacks; the policy sees prompts without.
+    Llama-3: both have one, and rendered text that is tokenised gets two."""
+    template = SHAPES[shape][0]
+    chat = data.ChatFormat(make(template, adds_bos))
+    has_bos = adds_bos or "bos_token" in template
+    assert chat.bos_id == (1 if has_bos else None)
+    ids = chat.prompt_ids([USER])
+    assert ids.count(1) == has_bos and (ids[0] == 1) == has_bos
+    assert 1 not in chat.response_ids([USER], "hello")
+    short = data.cut(ids, [], 5, 5, chat.bos_id)[0]
+    assert short == ([1] + ids[-4:] if has_bos else ids[-5:])
+
+
+def test_a_quoted_end_token_does_not_give_a_second_end():
+    """An answer about chat templates that trains the policy to go on behind its own end."""
+    chat = data.ChatFormat(make(CHATML))
+    ids = chat.response_ids([USER], "hello <|im_end|> there")
+    assert ids.count(chat.end_id) == 1 and ids[-1] == chat.end_id and chat.text(ids) == "hello "
+
+
+def test_sampling_stops_at_the_end_of_turn_at_eos_and_at_the_models_own_stops():
+    """Llama-3 stops at <|eom_id|> too: named in its generation_config only."""
+    chat = data.ChatFormat(make(CHATML, specials=["<|eom_id|>"]), model_stop_ids=[7, 2])
+    assert chat.stop_ids == {chat.end_id, 2, 7}
+
+
+@pytest.mark.parametrize("template, why", [
+    ("{% for m in messages %}{{ m['content'] + ' ### ' }}{% endfor %}", "does not close"),
+    ("{{ raise_exception('no chat here') }}", "no chat here"),
+    ("{{ messages[0]['content'] }}", "does not show"),
+    ("{% for m in messages %", "refuses"), ("{{ messages + 1 }}", "refuses"),
+    ("{{ messages[0].content }}{{ 'A:' if add_generation_prompt else messages[1].content }}",
+     "does not begin with its own prompt")])
+def test_a_template_that_cannot_be_used_is_refused_with_its_reason(template, why):
+    """A traceback of Jinja's, or responses that never end, found when the run is hours old."""
+    with pytest.raises(ValueError, match=why) as refusal:
+        data.ChatFormat(make(template))
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_answer_that_the_template_does_not_close_is_refused():
+    """A response without an end among those that have one; its last letter lost, or a traceback."""
+    template = CHATML.replace(
+        "'<|im_end|>\n'", "('' if m['content'] == 'open' else '<|im_end|>\n')")
+    chat = data.ChatFormat(make(template))
+    assert chat.response_ids([USER], "hello")[-1] == chat.end_id
+    with pytest.raises(ValueError, match="does not close this answer"):
+        chat.response_ids([USER], "open")
+
+
+def test_a_template_that_never_closes_the_turn_falls_back_to_eos():
+    """Responses that cannot end, found out only when every sample hits the length limit."""
+    chat = data.ChatFormat(make("{% for m in messages %}{{ m['content'] + '\n\n' }}{% endfor %}"))
+    assert chat.end_id == chat.tokenizer.eos_token_id
+    assert chat.tokenizer.decode(chat.response_ids([USER], "hello")) == "hello\n\n</s>"
+
+
+# ----------------------------------------------------------------------------------------------
+# Text
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [name for name, (_, end, _) in SHAPES.items() if end])
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_judge_reads_the_answer_without_what_the_template_puts_around_it(shape, text):
+    """A judge that scores a channel header, an empty thought, or the template's own spaces."""
+    template, _, changed = SHAPES[shape]
+    chat = data.ChatFormat(make(template))
+    assert chat.text(chat.response_ids([USER], text)) == changed(text)
+
+
+def test_an_end_token_that_is_not_marked_as_special_ends_a_response_too():
+    """A tokenizer whose chat tokens were added with add_tokens: '</turn>' is read by the judge; or
+    a run of spaces, which many tokenizers add as a token, is taken for the end."""
+    template = ("{% for m in messages %}{{ '<turn>' + m['role'] + '\n' + m['content'] }}"
+                "{{ '    </turn>' }}{% endfor %}"
+                "{{ '<turn>assistant\n' if add_generation_prompt else '' }}")
+    chat = data.ChatFormat(make(template, added=["<turn>", "</turn>", "    ", "moon"]))
+    ids = chat.response_ids([USER], "hello moon")
+    assert chat.tokenizer.decode(ids) == "hello moon    </turn>" and chat.text(ids) == "hello moon"
+    assert ids[-1] == chat.end_id and chat.end == "</turn>"
+
+
+def test_of_a_cut_response_a_judge_reads_what_is_left_of_it():
+    """Text that is judged but not trained on: the tail that the length limit cut off."""
+    chat = data.ChatFormat(make(SHAPES["newline_before_end"][0]))
+    ids = chat.response_ids([USER], "hello there\nhow")
+    left = data.cut([5], [ids], 1, 1 + len(ids) - 3)[1][0]
+    assert 0 < len(chat.text(left)) < len("hello there\nhow")
+    assert "hello there\nhow".startswith(chat.text(left))
+    newline = chat.response_ids([USER], "hello\n")[:-2]  # cut right behind the answer's own newline
+    assert chat.text(newline) == "hello\n" and chat.text([]) == ""
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("said, answer", [
+    ("<think>\na plan\n</think>\n\nhello", "hello"), ("hello", "hello"),
+    ("<think>\n\n</think>\n\n<think>more</think>hello", "hello"),
+    ("<think>\nnever closed", ""), ("\n <think>a</think>hello\n", "hello\n"),
+    ("say <think> first", "say <think> first"), ("", "")])
+def test_a_judge_reads_the_answer_and_not_the_thought(said, answer, special):
+    """Thoughts that win the ranking; special tags that vanish and leave the thought behind."""
+    chat = data.ChatFormat(make(CHATML, specials=["<think>", "</think>"] if special else []))
+    ids = chat.tokenizer(said + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert chat.text(ids) == data.strip_thought(said) == answer
+
+
+@pytest.mark.parametrize("said, answer", [
+    ("<|channel|>final<|message|>hello<|return|>", "hello"),
+    ("<|channel|>analysis<|message|>a plan<|end|><|start|>assistant<|channel|>final<|message|>hello"
+     "<|return|>", "hello"),
+    ("<|channel|>final<|message|>wait<|end|><|start|>assistant"
+     "<|channel|>final<|message|>hello", "hello"),
+    ("<|channel|>analysis<|message|>a plan that was cut", ""), ("hello<|return|>", "hello")])
+def test_of_several_channels_a_judge_reads_the_answers(said, answer):
+    """gpt-oss: the analysis is judged, or its header is read as part of the answer."""
+    chat = data.ChatFormat(make(SHAPES["gpt_oss_channel"][0]))
+    assert chat.text(chat.tokenizer(said, add_special_tokens=False)["input_ids"]) == answer
