@@ -1,330 +1,320 @@
-"""Judges: (prompts, candidates) -> scores. PairRM, reward models, your own function, you.
+"""Who is best, who is worst: PairRM by hand, and from its scores to a pair to train on.
 
-Every judge is a callable  ranker(prompts, candidates) -> list of lists of float:  B message lists,
-B lists of K_b strings; K_b scores each, higher is better. Yours takes five lines (my_judge.py):
+PairRM (LLM-Blender, arXiv 2306.02561) is a DeBERTa-v3-large that reads a prompt and TWO candidates,
 
-    def shorter_is_better(prompts, candidates):
-        # prompts[b] = [{"role": "user", "content": "Why is the sky blue?"}]
-        return [[-len(text) for text in texts] for texts in candidates]
+    [CLS]<|source|> prompt [SEP] [CLS]<|candidate1|> first [SEP] [CLS]<|candidate2|> second [SEP]
 
-    python rank.py --ranker my_judge.py:shorter_is_better --input some.jsonl --output ranked.jsonl
+takes its last hidden states h at the three markers, and puts each candidate through one small head:
 
-SELM trains on the best and the worst candidate of each prompt (`choose_pair`).
+    s1 = head([h_source; h_candidate1])    s2 = head([h_source; h_candidate2])    M = mean(s1 - s2)
 
-Leaves PairRM itself to pairrm.py, the policy and the loss to others; the toy's oracle is handed in
-by its owner. Test: pytest tests/test_rank.py.  Read next: train_loop.py.
+M > 0: the first is better. It is not antisymmetric (the model prefers sides), so every ordered pair
+is asked, n(n-1) of them, and the score of candidate i is  mean_j (M[i, j] - M[j, i]).  The scores
+compare candidates of ONE prompt; between prompts they mean nothing. Algorithm 1 of SELM only takes
+the best and the worst of {y, y_w, y_l} from them, as chosen and rejected (`choose_pair`).
 
-Legend: B prompts, K candidates of one, R rows of a forward pass, T tokens of the longest.
+llm-blender 0.0.2 batches in arrival order and cuts a text by what else is in its batch. Here all
+pairs of all prompts stand in one queue sorted by length, each example is cut by itself, identical
+candidates are never compared, and attention moves half the memory (`disentangled_attention`). That
+the numbers are llm-blender's own is what tests/test_rank.py shows, on the same weights.
+
+Leaves to others: reward models, your own function, you, and the command line below
+(harness/judges.py); the loss (selm.py).
+
+    python rank.py --input candidates.jsonl --ranker pairrm --output ranked.jsonl
+Test: pytest tests/test_rank.py.   Speed: experiments/benchmark_rank.py.   Next: train_loop.py.
+
+Legend: B prompts, K candidates of one, R rows (pairs) of a forward pass, T tokens of the longest,
+H hidden size, h attention heads, d = H / h, P relative-position embeddings.
 """
 
-import argparse
 import functools
 import hashlib
-import importlib.util
+import itertools
 import json
 import math
-import os
-import random
 import re
-import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-
-from pairrm import PairRM, distinct, length_batches, local_folder, pad_rows
-
-SPECS = "pairrm[:ID] | reward:ID | FILE.py:FUNCTION | human | oracle (toy world only)"
+import torch.nn.functional as F
+from torch import nn
 
 # ----------------------------------------------------------------------------------------------
-# 1. Reward models, your function, you
+# 1. Scores to a pair
 # ----------------------------------------------------------------------------------------------
-
-
-class RewardModel:
-    """Any sequence-classification reward model: chat-templated prompt + candidate -> one scalar."""
-
-    def __init__(self, name, device="cpu"):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-        folder, what = local_folder(name, f"reward:{name}"), f"reward:{name}"
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True)
-        except Exception as error:
-            raise ValueError(f"{what}: no sequence classifier could be loaded from it "
-                             f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
-        if model.config.num_labels != 1:
-            raise ValueError(f"{what}: {model.config.num_labels} outputs; a reward model has 1")
-        if info["missing_keys"]:  # a plain language model, to which transformers adds a random head
-            raise ValueError(f"{what}: no trained head (missing {sorted(info['missing_keys'])})")
-        if not self.tokenizer.chat_template:
-            raise ValueError(f"{what}: no chat template; write a FILE.py:FUNCTION that has one")
-        self.model, self.tokens_per_forward = model.eval().to(device), 8192
-        self.max_length = min(self.tokenizer.model_max_length,
-                              getattr(model.config, "max_position_embeddings", None) or math.inf)
-
-    @torch.inference_mode()
-    def scores(self, prompts, candidates, progress=False):
-        """The ranker: B message lists, B lists of K_b strings -> B lists of K_b floats."""
-        rows = [torch.tensor(self.tokenizer.apply_chat_template(
-                    [*prompt, {"role": "assistant", "content": text}], return_dict=False))
-                for prompt, texts in zip(prompts, candidates, strict=True) for text in texts]
-        # Too long a conversation loses its beginning, not the answer that is judged.
-        rows = [row[max(0, len(row) - self.max_length):] for row in rows]
-        # A decoder's score is read at the last token that is not padding. Where the config names no
-        # padding token transformers refuses batches: a budget of 1 sends rows one by one.
-        pad = getattr(self.model.config, "pad_token_id", None)
-        budget, values = 1 if pad is None else self.tokens_per_forward, [0.0] * len(rows)
-        with tqdm(total=len(rows), desc="reward model", unit="text", disable=not progress) as bar:
-            for batch in length_batches([len(row) for row in rows], budget):
-                ids, mask = pad_rows([rows[i] for i in batch], pad or 0)  # (R, T)
-                ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-                for i, value in zip(batch, self.model(ids, mask).logits[:, 0].tolist()):  # (R, 1)
-                    values[i] = value
-                bar.update(len(batch))
-        values = iter(values)
-        return [[next(values) for _ in texts] for texts in candidates]
-
-
-class HumanJudge:
-    """You, in the terminal: best and worst of each prompt; 'q' stops, the same command goes on.
-
-    Candidates are shown in an order drawn from (seed, prompt, texts), whatever order they come in,
-    so that nothing tells their source. Each answer is in the file before the next question. Scores:
-    best 1, worst -1, others 0.
-    """
-
-    def __init__(self, answers, seed=0):
-        self.answers, self.seed, self.known = Path(answers), seed, {}
-        for line in self.answers.read_text("utf-8").split("\n") if self.answers.exists() else []:
-            try:
-                self.known.update(json.loads(line or "{}"))
-            except json.JSONDecodeError:
-                pass  # cut off by a kill: that one question comes again
-
-    def scores(self, prompts, candidates):
-        """The ranker; raises SystemExit with what to do next when you stop."""
-        results = []
-        for b, (prompt, texts) in enumerate(zip(prompts, candidates, strict=True)):
-            shown = sorted(set(texts))
-            key = hashlib.sha256(json.dumps([prompt, shown]).encode()).hexdigest()
-            random.Random(f"{self.seed} {key}").shuffle(shown)
-            if key not in self.known and len(shown) > 1:
-                print(f"\n{'=' * 80}\nPrompt {b + 1} of {len(prompts)}\n")
-                print("\n".join(f"[{turn['role']}] {turn['content']}" for turn in prompt))
-                for number, text in enumerate(shown, 1):
-                    print(f"\n--- {number} {'-' * 70}\n{text}")
-                best = self._ask("best", shown, None)
-                worst = self._ask("worst", shown, best) if len(shown) > 2 else 1 - best
-                self._keep({key: [shown[best], shown[worst]]})
-            best, worst = self.known.get(key, (None, None))
-            results.append([float(text == best) - float(text == worst) for text in texts])
-        return results
-
-    def _ask(self, what, shown, taken):
-        while True:
-            try:
-                reply = input(f"\n{what} (1-{len(shown)}, q stops)? ").strip().lower()
-            except EOFError:  # no terminal, or ctrl-D
-                reply = "q"
-            if reply == "q":
-                raise SystemExit(f"stopped; {len(self.known)} answers are in {self.answers}, and "
-                                 "the same command goes on from there")
-            if reply.isdigit() and 1 <= int(reply) <= len(shown) and int(reply) - 1 != taken:
-                return int(reply) - 1
-            print(f"a number from 1 to {len(shown)}, and not one already taken")
-
-    def _keep(self, answer):
-        self.known.update(answer)
-        self.answers.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.answers, "a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps(answer))  # \n first: it ends a line cut off by a kill
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def user_function(path, name):
-    """The function `name` of the Python file `path`. ValueError that says what is wrong with it."""
-    if not Path(path).is_file():
-        raise ValueError(f"--ranker {path}:{name}: no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"--ranker {path}:{name}: importing {path} failed, "
-                         f"{type(error).__name__}: {error}") from error
-    if not callable(getattr(module, name, None)):
-        raise ValueError(f"--ranker {path}:{name}: {path} has no function {name}")
-    return getattr(module, name)
-
-
-# ----------------------------------------------------------------------------------------------
-# 2. One front door; scores to a pair
-# ----------------------------------------------------------------------------------------------
-
-
-def load_ranker(spec, *, device="cpu", length_penalty=0.0, tokenizer=None, oracle=None, seed=0,
-                answers="human_answers.jsonl", tokens_per_forward=8192, progress=False):
-    """--ranker -> ranker(prompts, candidates) -> list of lists of float, shapes checked.
-
-    length_penalty: lambda >= 0, the score loses lambda for every token (by `tokenizer`) of the
-    candidate: judges like long answers, and a policy learns that first. oracle: the callable behind
-    spec "oracle". seed, answers: for "human". tokens_per_forward: for models, memory against speed.
-    ValueError with one line for whatever cannot be had.
-    """
-    kind, _, rest = spec.partition(":")
-    if kind == "pairrm":
-        model = PairRM.load(rest or "llm-blender/PairRM-hf", device)
-        model.tokens_per_forward = tokens_per_forward
-        judge = functools.partial(model.scores, progress=progress)
-    elif kind == "reward" and rest:
-        model = RewardModel(rest, device)
-        model.tokens_per_forward = tokens_per_forward
-        judge = _each_text_once(functools.partial(model.scores, progress=progress), math.inf)
-    elif spec == "human":
-        judge = HumanJudge(answers, seed).scores
-    elif spec == "oracle":
-        if oracle is None:
-            raise ValueError(f"--ranker oracle: the oracle belongs to the toy world; use {SPECS}")
-        judge = _each_text_once(oracle, progress=progress)
-    elif match := re.fullmatch(r"(.+\.py):(\w+)", spec):
-        judge = _each_text_once(user_function(*match.groups()), progress=progress)
-    else:
-        raise ValueError(f"--ranker {spec}: not one of  {SPECS}")
-    if length_penalty and tokenizer is None:
-        raise ValueError("--length-penalty counts tokens: it needs a tokenizer")
-
-    def ranker(prompts, candidates):
-        scores = check_scores(judge(prompts, candidates), candidates)
-        if length_penalty:
-            tokens = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-            scores = [[score - length_penalty * tokens(text) for score, text in zip(row, texts)]
-                      for row, texts in zip(scores, candidates)]
-        return scores
-    return ranker
-
-
-def _each_text_once(judge, prompts_a_call=64, progress=False):
-    """Shows the judge distinct texts only: even a judge with moods scores identical texts alike.
-    Calls it for some prompts at a time, or a slow one would show no progress for hours."""
-    def ranker(prompts, candidates):
-        texts, places = [[pair[k] for pair in map(distinct, candidates)] for k in (0, 1)]
-        scores, size = [], min(prompts_a_call, max(1, len(prompts)))
-        with tqdm(total=len(prompts), desc="rank", unit="prompt", disable=not progress) as bar:
-            for start in range(0, len(prompts), size):
-                part = texts[start:start + size]
-                scores += check_scores(judge(prompts[start:start + size], part), part)
-                bar.update(len(part))
-        return [[row[i] for i in place] for row, place in zip(scores, places)]
-    return ranker
-
-
-def check_scores(scores, candidates, prompt_ids=None):
-    """The scores as lists of floats. ValueError that names the prompt where the shape is wrong and,
-    given prompt_ids (B strings), where a score is NaN or infinite."""
-    try:
-        scores = [[float(score) for score in row] for row in scores]
-    except (TypeError, ValueError):
-        raise ValueError("the judge must return a list of lists of numbers, one a candidate; it "
-                         f"returned {scores!r:.80}") from None
-    if len(scores) != len(candidates):
-        raise ValueError(f"the judge returned {len(scores)} lists for {len(candidates)} prompts")
-    for b, (row, texts) in enumerate(zip(scores, candidates)):
-        name = f"prompt {b}" if prompt_ids is None else f"prompt_id {prompt_ids[b]}"
-        if len(row) != len(texts):
-            raise ValueError(f"{name}: {len(row)} scores for {len(texts)} candidates")
-        if prompt_ids is not None and not all(map(math.isfinite, row)):
-            raise ValueError(f"{name}: the judge's scores are not finite: {row}")
-    return scores
 
 
 def choose_pair(scores, texts):
     """(index of the best, index of the worst) of one prompt's candidates; None: all equal, no pair.
 
+    scores: K finite floats, higher is better; texts: the K candidates.
     Ties go by the SHA-256 of the text: among the best the smallest, among the worst the largest. A
-    rule by position would favour a source (the data set's answers always stand last), and one by
-    alphabet or length a style. The order of the candidates never changes which text wins.
+    rule by position would favour a source (the data set's answers always stand in one place), and
+    one by alphabet or length a style. The order of the candidates never changes which text wins.
+
+        scores [0.2, 0.9, -1.1] -> (1, 2)        scores [0.5, 0.5, 0.5] -> None
     """
     if not scores or max(scores) == min(scores):
         return None
-    rank = lambda i: (-scores[i], hashlib.sha256(texts[i].encode()).digest())
-    order = sorted(range(len(scores)), key=rank)
+    digest = lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], digest(texts[i])))
     return order[0], order[-1]
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. Command line
+# 2. PairRM
 # ----------------------------------------------------------------------------------------------
 
 
-def read_candidates(path):
-    """The records of a candidates file, plus their `messages`; ValueError that names the line."""
-    from harness.rundir import read_jsonl
-    if not Path(path).is_file():
-        raise ValueError(f"--input {path}: no such file")
-    records = []
-    for number, row in read_jsonl(path):
-        where = f"{path}, line {number}"
-        if not isinstance(row, dict) or not {"prompt", "candidates"} <= row.keys():
-            raise ValueError(f'{where}: expected {{"prompt": ..., "candidates": [...]}}')
-        prompt, texts = row["prompt"], row["candidates"]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not (isinstance(messages, list) and messages and all(
-                isinstance(turn, dict) and isinstance(turn.get("role"), str)
-                and isinstance(turn.get("content"), str) for turn in messages)):
-            raise ValueError(f"{where}: prompt must be a string or a list of role/content messages")
-        if not (isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts)):
-            raise ValueError(f"{where}: candidates must be a list of at least one string")
-        records.append({"prompt_id": f"line {number}", **row, "messages": messages})
-    return records
+class PairRM(nn.Module):
+    """PairRM's inference; parameters are named as in llm-blender's checkpoints.
+
+    config: DebertaV2Config; tokenizer: DeBERTa-v2 style ([CLS] text [SEP]). Use `load` for weights.
+    """
+
+    # The order in which llm-blender adds them to DeBERTa's 128,001 tokens: ids 128001 to 128004.
+    MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
+    SOURCE_TOKENS, TOTAL_TOKENS = 1224, 2048
+
+    def __init__(self, config, tokenizer, n_tasks=1):
+        super().__init__()
+        from transformers import DebertaV2Model
+        self.pretrained_model = DebertaV2Model(config)
+        size = config.hidden_size
+        self.head_layer = nn.Sequential(  # dropout does nothing here, but owns the indices 0 and 3
+            nn.Dropout(), nn.Linear(2 * size, size), nn.Tanh(),
+            nn.Dropout(), nn.Linear(size, n_tasks))
+        if (getattr(config, "share_att_key", False) and config.relative_attention
+                and set(config.pos_att_type or ()) == {"c2p", "p2c"}):  # PairRM; else stay slow
+            for layer in self.pretrained_model.encoder.layer:
+                attention = layer.attention.self
+                attention.forward = functools.partial(disentangled_attention, attention)
+        tokenizer.add_tokens(list(self.MARKERS))  # no-op where they exist
+        self.tokenizer, self.tokens_per_forward = tokenizer, 8192
+        self.marker_ids = tokenizer.convert_tokens_to_ids(list(self.MARKERS))
+        expected = getattr(config, "source_prefix_id", self.marker_ids[0])
+        if max(self.marker_ids) >= config.vocab_size or expected != self.marker_ids[0]:
+            raise ValueError(f"tokenizer and weights do not belong together: markers are "
+                             f"{self.marker_ids}, <|source|> was trained as {expected}, and there "
+                             f"are {config.vocab_size} embeddings")
+        self.eval()
+
+    @torch.inference_mode()
+    def scores(self, prompts, candidates):
+        """The judge: B message lists, B lists of K_b strings -> B lists of K_b floats.
+
+        Exactly llm-blender's mean over ALL n candidates, also where some are identical: M[i, j] -
+        M[j, i] is 0 for two identical texts, so these are filled in without asking. ValueError for
+        a prompt that PairRM cannot read (`pairrm_texts`).
+        """
+        places, segments, queue = [], [], []
+        for b, (prompt, texts) in enumerate(zip(prompts, candidates, strict=True)):
+            texts, place = distinct(texts)
+            source, texts = pairrm_texts(prompt, texts)
+            source_ids, candidate_ids = self.encode(source, texts)
+            places.append(place)
+            segments.append((source_ids, candidate_ids))
+            queue += [(b, i, j) for i, j in itertools.permutations(range(len(texts)), 2)]
+        row = lambda b, i, j: (segments[b][0], segments[b][1][i], segments[b][1][j])
+        lengths = [sum(map(len, row(*pair))) for pair in queue]
+        matrices = [torch.zeros(len(ids), len(ids)) for _, ids in segments]  # M, 0 on the diagonal
+        for batch in length_batches(lengths, self.tokens_per_forward):
+            for index, logit in zip(batch, self([row(*queue[i]) for i in batch]).tolist()):
+                b, i, j = queue[index]
+                matrices[b][i, j] = logit
+        return [(M - M.T)[place][:, place].mean(1).tolist() for M, place in zip(matrices, places)]
+
+    def forward(self, rows):
+        """R rows (source ids, first ids, second ids), int (t,) each -> logits (R,) fp32.
+
+        The logit is M: above 0, the first candidate is better."""
+        device = self.head_layer[1].weight.device
+        lengths = torch.tensor([[len(segment) for segment in row] for row in rows])  # (R, 3)
+        # A marker stands behind its segment's [CLS]. Lengths 5, 4, 6 -> places 1, 6, 10.
+        markers = lengths.cumsum(1) - lengths + 1  # (R, 3)
+        each = torch.arange(len(rows))
+        ids, mask = pad_rows([torch.cat(row) for row in rows], self.tokenizer.pad_token_id)
+        ids[each, markers[:, 2]] = self.marker_ids[2]  # `encode` gave it the first one's marker
+        ids, mask = ids.to(device), mask.to(device)  # (R, T)
+        hidden = self.pretrained_model(ids, mask).last_hidden_state  # (R, T, H)
+        source, first, second = hidden[each[:, None], markers].float().unbind(1)  # (R, H) each
+        difference = (self.head_layer(torch.cat([source, first], -1))
+                      - self.head_layer(torch.cat([source, second], -1)))  # (R, n_tasks)
+        return difference.mean(-1)
+
+    def encode(self, source, candidates):
+        """Texts -> (source ids, K lists of candidate ids), every candidate with the FIRST marker.
+
+        The source may take 1224 tokens, each candidate half of what it leaves of 2048; cuts are on
+        the right and keep the [SEP]. llm-blender cuts the same way at batch size 1; in a larger
+        batch it gives every candidate the room that the longest source leaves.
+        """
+        # A text that contains [SEP] or a marker would move the places where the head looks.
+        # DEVIATION: llm-blender blanks [SEP] only, and fails on a marker.
+        unsafe = re.compile("|".join(map(re.escape, (self.tokenizer.sep_token, *self.MARKERS))))
+        texts = [self.MARKERS[0] + unsafe.sub(" ", source)]
+        texts += [self.MARKERS[1] + unsafe.sub(" ", text) for text in candidates]
+        ids = self.tokenizer(texts, verbose=False)["input_ids"]
+        assert all(row[1] in self.marker_ids for row in ids), "want a tokenizer with [CLS]<marker>"
+        cut = lambda row, room: torch.tensor(  # int32: as a list of ints, ten times the memory
+            row if len(row) <= room else row[:room - 1] + row[-1:], dtype=torch.int32)
+        source_ids = cut(ids[0], self.SOURCE_TOKENS)
+        room = (self.TOTAL_TOKENS - len(source_ids)) // 2
+        return source_ids, [cut(row, room) for row in ids[1:]]
+
+    @classmethod
+    def load(cls, name, device="cpu"):
+        """PairRM from a folder or hub id: bf16 body on CUDA, fp32 elsewhere; the head always fp32.
+
+        ValueError where it is no PairRM, or not whole: weights that are missing would be random.
+        """
+        from safetensors.torch import load_file
+        folder = safetensors_folder(name)
+        state = {key: value for file in sorted(folder.glob("*.safetensors"))
+                 for key, value in load_file(file).items()}
+        words, last = "pretrained_model.embeddings.word_embeddings.weight", "head_layer.4.weight"
+        if words not in state or last not in state:
+            raise ValueError(f"not a PairRM, it lacks {words} or {last}. If it is a reward model, "
+                             f"use reward:{name}")
+        try:
+            config, tokenizer = cls._config_and_tokenizer(folder)
+        except Exception as error:  # transformers has a dozen kinds
+            raise ValueError(f"{folder}: no usable config.json or tokenizer "
+                             f"({type(error).__name__}: {error})") from error
+        config.vocab_size = state[words].shape[0]
+        model = cls(config, tokenizer, n_tasks=state[last].shape[0])
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        unexpected = [key for key in unexpected if not key.endswith("position_ids")]  # old buffer
+        if missing or unexpected:
+            raise ValueError(f"{folder}: its weights do not fit its config.json: missing "
+                             f"{missing[:3]}, unexpected {unexpected[:3]}")
+        if torch.device(device).type == "cuda":
+            model.pretrained_model.bfloat16()
+        model.head_layer.float()
+        return model.to(device)
+
+    @staticmethod
+    def _config_and_tokenizer(folder):
+        """llm-blender/PairRM-hf holds a DeBERTa config. llm-blender/PairRM holds llm-blender's own,
+        whose model_type "deberta" transformers would read as DeBERTa v1: there the architecture,
+        and the tokenizer if it has none, come from the base model that it names."""
+        from transformers import AutoTokenizer, DebertaV2Config, PreTrainedTokenizerFast
+        raw = json.loads((folder / "config.json").read_text())
+        base = raw["model_name"] if "ranker_type" in raw else folder
+        if (folder / "tokenizer.json").exists():
+            # Exactly the stored pipeline. The DebertaV2Tokenizer of transformers 5 would rebuild it
+            # from the vocabulary and drop SentencePiece's character normalisation.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        return DebertaV2Config.from_pretrained(base), tokenizer
 
 
-def rank_file(args):
-    """What the command line does, after its arguments are parsed."""
-    from harness.rundir import write_jsonl
-    records, tokenizer = read_candidates(args.input), None
-    if args.tokenizer:
-        from transformers import AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    ranker = load_ranker(args.ranker, device=args.device, length_penalty=args.length_penalty,
-                         tokenizer=tokenizer, tokens_per_forward=args.tokens_per_forward,
-                         seed=args.seed, answers=args.answers or f"{args.output}.answers.jsonl",
-                         progress=True)
-    candidates = [record["candidates"] for record in records]
-    scores = check_scores(ranker([record.pop("messages") for record in records], candidates),
-                          candidates, [record["prompt_id"] for record in records])
-    pairs = [choose_pair(row, texts) or (None, None) for row, texts in zip(scores, candidates)]
-    write_jsonl(args.output, [{**record, "scores": row, "best": best, "worst": worst}
-                              for record, row, (best, worst) in zip(records, scores, pairs)])
-    equal = pairs.count((None, None))
-    print(f"{len(records)} prompts ranked, {equal} of them all equal: {args.output}")
+def safetensors_folder(name):
+    """`name` itself if it is a folder, else the hub's snapshot of it. ValueError where there is
+    none, or where its weights are not safetensors: a .bin is a pickle, and can run code."""
+    folder, wanted = Path(name), ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=wanted))
+        except Exception as error:  # the hub raises a dozen kinds; all mean the same to the user
+            raise ValueError("neither a folder here nor a model that the hub would give "
+                             f"({type(error).__name__}: {error})") from error
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder}: no .safetensors file (a .bin is refused: it can run code); "
+                         "convert it, or name another model")
+    return folder
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Score the candidates of every prompt in a JSONL file with any judge.",
-        epilog='input line:   {"prompt": "Why ...?" or messages, "candidates": ["a", "b"], '
-               '"prompt_id": optional}\noutput line:  the same with "scores" (higher is better), '
-               '"best" and "worst"\n              (indices into candidates; null: all are equal)')
-    add = parser.add_argument
-    add("--input", required=True, help="JSONL file of prompts and candidates")
-    add("--output", required=True, help="JSONL file to write; it appears whole or not at all")
-    add("--ranker", default="pairrm", help=f"{SPECS} (default pairrm = llm-blender/PairRM-hf)")
-    add("--length-penalty", type=float, default=0.0, help="subtract this for every token (0)")
-    add("--tokenizer", help="hub id or folder of the tokenizer that counts for --length-penalty")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-    add("--tokens-per-forward", type=int, default=8192, help="halve it when memory runs out")
-    add("--answers", help="human only: where your answers are kept (OUTPUT.answers.jsonl)")
-    add("--seed", type=int, default=0, help="human only: the order in which candidates are shown")
-    try:
-        rank_file(parser.parse_args())
-    except (ValueError, OSError) as error:
-        sys.exit(f"rank.py: {error}")
+# ----------------------------------------------------------------------------------------------
+# 3. PairRM's texts, its attention, and a queue without padding
+# ----------------------------------------------------------------------------------------------
+
+
+def pairrm_texts(prompt, candidates):
+    """Message list and K candidates -> (source, K texts), in llm-blender's own formats.
+
+    One user turn: the raw text, never the chat-templated one, which PairRM was not trained on.
+    Several: llm-blender's `compare_conversations`: the source asks to fill in <Response i>, each
+    candidate repeats the earlier responses. (`coversation` is spelt as PairRM saw it in training.)
+    A system turn goes before the source, as llm-blender's `instructions` do. ValueError for roles
+    in any other order.
+    https://github.com/yuchenlin/LLM-Blender/blob/main/llm_blender/blender/blender.py
+    """
+    system = prompt[0]["content"] + "\n" if prompt and prompt[0]["role"] == "system" else ""
+    turns = prompt[1:] if system else prompt
+    roles = [turn["role"] for turn in turns]
+    if roles != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise ValueError("PairRM reads user, assistant, ..., user turns behind at most one system "
+                         f"turn; this prompt has {[turn['role'] for turn in prompt]}")
+    if len(turns) == 1:
+        return system + turns[0]["content"], list(candidates)
+    users, responses = ([turn["content"] for turn in turns[start::2]] for start in (0, 1))
+    source = ("Finish the following coversation in each i-th turn by filling in <Response i> with "
+              "your response." + "\n".join(f"USER: {text}\nAssistant: <Response {i}>"
+                                           for i, text in enumerate(users, 1)))
+    return system + source, ["\n".join(f"<Response {i}>: {text}" for i, text
+                                       in enumerate([*responses, last], 1)) for last in candidates]
+
+
+def disentangled_attention(self, hidden_states, attention_mask, output_attentions=False,
+                           query_states=None, relative_pos=None, rel_embeddings=None):
+    """DeBERTa's attention (arXiv 2006.03654, Eq. 4), half the memory traffic of transformers' own.
+
+        scores[i, j] = (q_i . k_j  +  q_i . K[bucket(i - j)]  +  k_j . Q[bucket(i - j)]) / sqrt(3 d)
+
+    K and Q are the P position embeddings through the key and query projections. What is saved are
+    passes over (R, h, T, T) arrays: 1 / sqrt(3 d) goes into the queries; the third term is gathered
+    in place (rows of a (P, T) table) and not transposed; the rest is one fused attention call with
+    the two position terms as its bias. Replaces DisentangledSelfAttention.forward, same arguments.
+    """
+    split = lambda x: x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+    scale = 1 / math.sqrt(3 * self.attention_head_size)
+    query = split(self.query_proj(hidden_states)) * scale  # (R, h, T, d)
+    key, value = split(self.key_proj(hidden_states)), split(self.value_proj(hidden_states))
+    position_query = split(self.query_proj(rel_embeddings)[None]) * scale  # (1, h, P, d)
+    position_key = split(self.key_proj(rel_embeddings)[None])
+    span = self.pos_ebd_size
+    bucket = (relative_pos.squeeze() + span).clamp(0, 2 * span - 1)  # (T, T) of i - j, in [0, P)
+    bucket = bucket.expand(*query.shape[:2], *bucket.shape[-2:])  # (R, h, T, T), no memory
+    bias = (query @ position_key.mT).gather(-1, bucket)  # (R, h, T, P) -> (R, h, T, T)
+    bias += (position_query @ key.mT).gather(-2, bucket)  # (R, h, P, T) -> (R, h, T, T)
+    # The mask is (R, 1, T, T); its first row, that of [CLS], says which tokens are real.
+    bias.masked_fill_(attention_mask[:, :, :1] == 0, torch.finfo(bias.dtype).min)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+    return context.transpose(1, 2).flatten(-2), None  # (R, T, H)
+
+
+def length_batches(lengths, tokens_per_forward):
+    """Indices in batches of like length, longest first: rows x longest <= tokens_per_forward.
+
+    Sorted, neighbours differ by a token or two, so padding is about nothing; longest first, an
+    out-of-memory error comes in the first second and not in the last hour.
+    """
+    batch = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_forward:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def pad_rows(rows, pad_id):
+    """R int tensors (t,) -> ids (R, T) int64, mask (R, T) int64: 1 where there is a token."""
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id).long()
+    return ids, (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
+
+
+def distinct(texts):
+    """["a", "b", "a"] -> (the distinct texts ["a", "b"], the place of each text [0, 1, 0])."""
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return list(place), [place[text] for text in texts]
 
 
 if __name__ == "__main__":
+    from harness.judges import main
     main()

@@ -1,4 +1,4 @@
-"""Throughput of pairrm.PairRM against llm-blender's own `Blender.rank`: same weights, same texts.
+"""Throughput of rank.PairRM against llm-blender's own `Blender.rank`: same weights, same texts.
 
 Both get one random PairRM: a layer of PairRM's true width (1024, 16 heads), of which the real one
 has 24 alike, so that matrix products and attention have their real shares; what is timed does not
@@ -25,7 +25,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from pairrm import PairRM  # noqa: E402
+from rank import PairRM  # noqa: E402
 
 REAL_DATA = ROOT.parent / "shared" / "data" / "prefs_real.jsonl"
 
@@ -124,13 +124,13 @@ def run(results=None, prompts=16, rounds=3, hidden=1024, layers=1, heads=16):
     blender = as_blender(model)
     texts, candidates = map(list, zip(*load_rows(prompts)))
     messages = [[{"role": "user", "content": text}] for text in texts]
-    seconds = {"pairrm.py": [], "llm-blender": []}
+    seconds = {"rank.py": [], "llm-blender": []}
     for _ in range(rounds):
         start = time.perf_counter()
         ours = model.scores(messages, candidates)
         middle = time.perf_counter()
         theirs = blender.rank(texts, candidates, return_scores=True, disable_tqdm=True)
-        seconds["pairrm.py"].append(middle - start)
+        seconds["rank.py"].append(middle - start)
         seconds["llm-blender"].append(time.perf_counter() - middle)
         print({name: round(values[-1], 1) for name, values in seconds.items()}, flush=True)
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -139,9 +139,9 @@ def run(results=None, prompts=16, rounds=3, hidden=1024, layers=1, heads=16):
         "benchmark": "rank", "device": "cpu", "threads": torch.get_num_threads(),
         "data": REAL_DATA.name if REAL_DATA.exists() else "synthetic", "prompts": prompts,
         "pairs": 6 * prompts, "hidden": hidden, "layers": layers, "rounds": rounds,
-        "pairs_per_second": round(6 * prompts / median["pairrm.py"], 2),
+        "pairs_per_second": round(6 * prompts / median["rank.py"], 2),
         "llm_blender_pairs_per_second": round(6 * prompts / median["llm-blender"], 2),
-        "speedup": round(median["llm-blender"] / median["pairrm.py"], 2),
+        "speedup": round(median["llm-blender"] / median["rank.py"], 2),
         "speedup_by_round": [round(theirs / ours, 2) for ours, theirs in zip(*seconds.values())],
         "largest_score_difference": float(f"{difference:.1e}")}
     if results is not None:

@@ -1,4 +1,4 @@
-"""Tests of rank.py and pairrm.py. PairRM's oracle: llm-blender 0.0.2 on random scaled-up weights.
+"""Tests of rank.py. PairRM's oracle: llm-blender 0.0.2 on random scaled-up weights.
 
 The set-up (a tokenizer trained here, a small PairRM, the same weights as an llm_blender.Blender)
 comes from experiments/benchmark_rank.py, which times the two against each other.
@@ -9,17 +9,14 @@ import importlib.util
 import itertools
 import json
 import os
-import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 
-import rank
-from pairrm import PairRM, length_batches, pairrm_texts
-from rank import HumanJudge, RewardModel, check_scores, choose_pair, load_ranker
+from harness.judges import load_judge
+from rank import PairRM, choose_pair, length_batches, pairrm_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("benchmark_rank",
@@ -136,6 +133,13 @@ def test_identical_candidates_count_as_in_llm_blender_but_are_never_compared(pai
     assert ours[0] == ours[1] and len(asked) == 6
 
 
+def test_an_empty_candidate_is_scored_as_llm_blender_scores_it(pairrm):
+    """Catches a sample that ended at once and that breaks the tokenizer or loses its marker."""
+    texts = [["", "bye!", "hi! I am fine, thanks!"]]
+    expected = blender_scores(pairrm, PROMPTS[:1], texts)
+    assert_close(pairrm.scores(MESSAGES[:1], texts), expected.tolist(), 1e-4)
+
+
 def test_many_turns_are_written_as_llm_blender_writes_conversations():
     """Catches a format that PairRM never saw: a template, swapped roles, numbers off by one."""
     benchmark_rank.import_llm_blender()
@@ -154,8 +158,21 @@ def test_one_turn_is_raw_text_and_a_system_message_comes_first():
     assert pairrm_texts(user("Hi."), ["a"]) == ("Hi.", ["a"])
     system = [{"role": "system", "content": "Be brief."}]
     assert pairrm_texts(system + user("Hi."), ["a"]) == ("Be brief.\nHi.", ["a"])
+
+
+@pytest.mark.parametrize("roles", [
+    "", "system", "user assistant", "assistant user", "user user", "user system user", "user tool",
+    "system system user", "user assistant system user", "tool", "system assistant user"])
+def test_another_order_of_turns_is_refused_before_it_is_judged(roles, pairrm, tmp_path):
+    """Catches a system turn that silently moves to the front, and roles that are read as others."""
+    prompt = [{"role": role, "content": "Hi."} for role in roles.split()]
+    judge = load_judge(f"pairrm:{save_pairrm(pairrm, tmp_path / 'model')}")
+    judge.check(user("Hi."))
+    judge.check([{"role": role, "content": ""} for role in "system user assistant user".split()])
     with pytest.raises(ValueError, match="user turns"):
-        pairrm_texts(user("Hi.") + [{"role": "assistant", "content": "Yes?"}], ["a"])
+        judge.check(prompt)
+    with pytest.raises(ValueError, match="prompt_id p7: PairRM reads user"):
+        judge([prompt], [["a", "b"]], ["p7"])
 
 
 def test_a_marker_in_a_text_does_not_move_the_places_where_the_head_looks(pairrm):
@@ -240,10 +257,9 @@ def save_pairrm(pairrm, folder, base=None):
 def test_both_layouts_of_the_hub_load_to_the_same_scores(pairrm, scores, tmp_path):
     """Catches llm-blender's config that is read as DeBERTa v1, and a tokenizer that is rebuilt."""
     own = save_pairrm(pairrm, tmp_path / "PairRM-hf")
-    ranker = load_ranker(f"pairrm:{own}")
-    assert_close(ranker(MESSAGES, CANDIDATES), scores, 1e-6)
+    assert_close(load_judge(f"pairrm:{own}")(MESSAGES, CANDIDATES), scores, 1e-6)
     foreign = save_pairrm(pairrm, tmp_path / "PairRM", base=own)
-    assert_close(load_ranker(f"pairrm:{foreign}")(MESSAGES, CANDIDATES), scores, 1e-6)
+    assert_close(load_judge(f"pairrm:{foreign}")(MESSAGES, CANDIDATES), scores, 1e-6)
 
 
 def test_a_bf16_body_keeps_an_fp32_head_and_roughly_the_scores(pairrm, scores):
@@ -263,24 +279,61 @@ def test_a_folder_that_is_not_a_safe_pairrm_is_refused_in_one_line(pairrm, tmp_p
     with pytest.raises(ValueError, match="safetensors"):
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / "pytorch_model.bin").write_bytes(b"x")
-        load_ranker(f"pairrm:{tmp_path / 'bin'}")
+        load_judge(f"pairrm:{tmp_path / 'bin'}")
     folder = Path(save_pairrm(pairrm, tmp_path / "model"))
     state = load_file(folder / "model.safetensors")
     save_file({"head_layer.4.weight": state["head_layer.4.weight"]}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="not a PairRM"):
-        load_ranker(f"pairrm:{folder}")
+        load_judge(f"pairrm:{folder}")
     fewer = {key: value for key, value in state.items() if key != "head_layer.1.bias"}
     save_file(fewer, folder / "model.safetensors")
     with pytest.raises(ValueError, match="head_layer.1.bias"):
-        load_ranker(f"pairrm:{folder}")
+        load_judge(f"pairrm:{folder}")
     save_file(state, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "source_prefix_id": 7}))
     with pytest.raises(ValueError, match="do not belong together"):
-        load_ranker(f"pairrm:{folder}")
+        load_judge(f"pairrm:{folder}")
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="no usable config.json"):
-        load_ranker(f"pairrm:{folder}")
+        load_judge(f"pairrm:{folder}")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="no usable config.json"):
+        load_judge(f"pairrm:{folder}")
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 7}))
+    with pytest.raises(ValueError, match="size mismatch") as error:
+        load_judge(f"pairrm:{folder}")
+    assert error.value.args[0].startswith(f"--ranker pairrm:{folder}: ") and len(
+        error.value.args[0].splitlines()) == 1
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="SafetensorError"):
+        load_judge(f"pairrm:{folder}")
+
+
+def test_repeated_candidates_count_as_in_llm_blender_also_behind_the_front_door(pairrm, tmp_path):
+    """Catches a judge that hands PairRM distinct texts only: its mean is over all of them."""
+    texts = [CANDIDATES[0][0], *CANDIDATES[0]]
+    judge = load_judge(f"pairrm:{save_pairrm(pairrm, tmp_path / 'model')}")
+    expected = blender_scores(pairrm, PROMPTS[:1], [texts])
+    for _ in range(2):
+        (ours,) = judge(MESSAGES[:1], [texts], ["a"], tmp_path / "kept")
+        assert ours == pytest.approx(expected[0].tolist(), abs=1e-4)
+
+
+def test_a_tokenizers_own_code_is_neither_run_nor_asked_about(pairrm, tmp_path, monkeypatch):
+    """Catches transformers' question on stdin, after which a `y` runs a stranger's code."""
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked on stdin"))
+    folder = Path(save_pairrm(pairrm, tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Any: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(
+        {**config, "model_type": "new", "auto_map": {"AutoConfig": "code.Any"}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "Any", "auto_map": {"AutoTokenizer": ["code.Any", None]}}))
+    with pytest.raises(ValueError, match="no usable config.json or tokenizer"):
+        load_judge(f"pairrm:{folder}")
+    assert not (tmp_path / "ran").exists()
 
 
 def online():
@@ -309,119 +362,6 @@ def test_the_real_pairrm_ranks_llm_blenders_own_examples_as_its_readme_says(name
     assert logits.tolist() == pytest.approx([1.9003021717071533, -1.2547134160995483], abs=1e-2)
 
 
-# --- Reward models ----------------------------------------------------------------------------
-
-TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
-
-
-def save_reward_model(tokenizer, folder, labels=1, pad=0, template=TEMPLATE, causal=False):
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-    torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32,
-                         num_hidden_layers=1, num_attention_heads=2, num_labels=labels,
-                         pad_token_id=pad, max_position_embeddings=64)
-    model = (LlamaForCausalLM if causal else LlamaForSequenceClassification)(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 40 if parameter.dim() > 1 else 1
-    model.save_pretrained(folder)
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("pad", [0, None])
-def test_a_reward_model_scores_each_candidate_in_its_chat_template(tokenizer, tmp_path, pad):
-    """Catches a score read at padding, a swapped row, a prompt without its template, and an answer
-    that is cut where the conversation is longer than the model's 64 positions."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    folder = save_reward_model(tokenizer, tmp_path / "reward", pad=pad)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    loaded = AutoTokenizer.from_pretrained(folder)
-    expected = []
-    for prompt, texts in zip(PROMPTS, CANDIDATES):
-        rows = [loaded(f"user: {prompt} assistant: {text} ", add_special_tokens=False,
-                       return_tensors="pt")["input_ids"] for text in texts]
-        with torch.no_grad():
-            expected.append([model(row[:, -64:]).logits.item() for row in rows])
-    assert torch.tensor(expected).std() > 0.1
-    assert_close(load_ranker(f"reward:{folder}")(MESSAGES, CANDIDATES), expected)
-
-
-def test_what_is_not_a_reward_model_is_refused_in_one_line(tokenizer, tmp_path):
-    """Catches a classifier of two classes, a random head on a language model, and no template."""
-    with pytest.raises(ValueError, match="2 outputs"):
-        RewardModel(save_reward_model(tokenizer, tmp_path / "two", labels=2))
-    with pytest.raises(ValueError, match="no trained head"):
-        RewardModel(save_reward_model(tokenizer, tmp_path / "causal", causal=True))
-    with pytest.raises(ValueError, match="chat template"):
-        RewardModel(save_reward_model(tokenizer, tmp_path / "plain", template=None))
-    with pytest.raises(ValueError, match="no sequence classifier"):
-        (tmp_path / "empty").mkdir()
-        RewardModel(str(tmp_path / "empty"))
-
-
-# --- Functions, the oracle, penalties, bad input ----------------------------------------------
-
-
-def write(path, text):
-    path.write_text(text)
-    return str(path)
-
-
-def test_a_users_function_is_called_with_messages_and_distinct_texts(tmp_path):
-    """Catches a judge with moods that scores two identical texts differently."""
-    path = write(tmp_path / "judge.py", "import itertools\ncount = itertools.count()\n"
-                 "def judge(prompts, candidates):\n"
-                 "    assert prompts[0][0]['role'] == 'user'\n"
-                 "    return [[next(count) for _ in texts] for texts in candidates]\n")
-    assert load_ranker(f"{path}:judge")(MESSAGES[:1], [["a", "b", "a"]]) == [[0.0, 1.0, 0.0]]
-
-
-@pytest.mark.parametrize("spec, message", [
-    ("nonsense", "pairrm"), ("reward:", "reward:ID"), ("missing.py:f", "no file"),
-    ("judge.py:absent", "no function absent"), ("broken.py:f", "importing broken.py failed"),
-    ("oracle", "toy world"), ("judge.py:flat", "list of lists"), ("judge.py:short", "candidates"),
-    ("judge.py:words", "list of lists"), ("judge.py:fewer", "1 lists for 2 prompts")])
-def test_a_judge_that_cannot_be_used_says_why_in_one_line(tmp_path, monkeypatch, spec, message):
-    """Catches tracebacks, and wrong shapes that only fail in the middle of a run."""
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "broken.py", "import no_such_module\n")
-    write(tmp_path / "judge.py", "flat = lambda p, c: [1.0, 2.0]\n"
-          "short = lambda p, c: [[1.0], [1.0]]\nfewer = lambda p, c: [[1.0, 2.0]]\n"
-          "words = lambda p, c: [['good'] * len(t) for t in c]\n")
-    with pytest.raises(ValueError, match=message) as error:
-        load_ranker(spec)(MESSAGES[:2], [["a", "b"], ["c", "d"]])
-    assert "\n" not in str(error.value)
-
-
-def test_the_oracle_is_the_callable_that_was_handed_in():
-    """Catches an oracle that is looked up elsewhere."""
-    ranker = load_ranker("oracle", oracle=lambda prompts, candidates: [[len(t) for t in c]
-                                                                       for c in candidates])
-    assert ranker(MESSAGES[:1], [["a", "bbb"]]) == [[1.0, 3.0]]
-
-
-def test_the_length_penalty_takes_lambda_for_every_token(tokenizer):
-    """Catches a penalty in characters, with the special tokens, or with the wrong sign."""
-    ranker = load_ranker("oracle", oracle=lambda p, c: [[5.0] * len(t) for t in c],
-                         tokenizer=tokenizer, length_penalty=0.5)
-    texts = ["hello", "hello, how are you!"]
-    expected = [5.0 - 0.5 * len(tokenizer.tokenize(text)) for text in texts]
-    assert ranker(MESSAGES[:1], [texts]) == [expected]
-    with pytest.raises(ValueError, match="needs a tokenizer"):
-        load_ranker("oracle", oracle=lambda p, c: [], length_penalty=0.5)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_score_that_is_not_finite_stops_with_the_prompts_id(bad):
-    """Catches a NaN that sorts anywhere and trains on noise."""
-    with pytest.raises(ValueError, match="prompt_id second"):
-        check_scores([[1.0], [0.0, bad]], [["a"], ["b", "c"]], ["first", "second"])
-    assert check_scores(torch.tensor([[1, 2]]), [["a", "b"]], ["x"]) == [[1.0, 2.0]]
-
-
 # --- Best and worst ---------------------------------------------------------------------------
 
 
@@ -448,94 +388,3 @@ def test_ties_go_by_the_hash_of_the_text_and_equal_scores_give_no_pair():
     assert best == 0 and texts[worst] == max("bc", key=digest)
     assert choose_pair([0.3, 0.3, 0.3], texts) is None
     assert choose_pair([0.3], ["a"]) is None
-
-
-# --- You as the judge -------------------------------------------------------------------------
-
-
-def answer(monkeypatch, replies):
-    replies = iter(replies)
-    monkeypatch.setattr("builtins.input", lambda _: next(replies))
-
-
-def shown(capsys):
-    """The candidates in the order in which they were printed."""
-    return [text for text in capsys.readouterr().out.split("\n") if text.startswith("text ")]
-
-
-def test_a_human_judge_stops_and_goes_on_where_it_stopped(monkeypatch, capsys, tmp_path):
-    """Catches answers that are lost on 'q', asked twice, or given to the wrong candidate."""
-    candidates = [["text a", "text b", "text c"], ["text d", "text e"], ["text f", "text f"]]
-    path = tmp_path / "answers.jsonl"
-    answer(monkeypatch, ["0", "x", "2", "2", "1", "q"])  # two bad numbers; worst may not be best
-    with pytest.raises(SystemExit, match="goes on"):
-        HumanJudge(path, seed=3).scores(MESSAGES, candidates)
-    order = shown(capsys)[:3]
-    with open(path, "a") as file:
-        file.write('\n{"key": "cut o')  # killed while it wrote
-    answer(monkeypatch, ["1"])
-    scores = HumanJudge(path, seed=3).scores(MESSAGES, candidates)
-    second = shown(capsys)
-    expected = {order[1]: 1.0, order[0]: -1.0, order[2]: 0.0, second[0]: 1.0, second[1]: -1.0}
-    assert scores[:2] == [[expected[text] for text in texts] for texts in candidates[:2]]
-    assert scores[2] == [0.0, 0.0], "identical candidates need no answer"
-    answer(monkeypatch, [])
-    again = HumanJudge(path, seed=3).scores(MESSAGES, [texts[::-1] for texts in candidates])
-    assert [row[::-1] for row in again] == scores
-
-
-def test_a_human_sees_the_same_order_whatever_order_the_candidates_come_in(
-        monkeypatch, capsys, tmp_path):
-    """Catches a shuffle of the incoming order, by which a second session would show the sources."""
-    orders = set()
-    for number, texts in enumerate(itertools.permutations(["text a", "text b", "text c"])):
-        answer(monkeypatch, ["q"])
-        with pytest.raises(SystemExit):
-            HumanJudge(tmp_path / f"{number}", seed=0).scores(MESSAGES[:1], [list(texts)])
-        orders.add(tuple(shown(capsys)))
-    assert len(orders) == 1
-
-
-# --- The command line -------------------------------------------------------------------------
-
-
-def run_cli(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "rank.py"), *map(str, arguments)],
-                          capture_output=True, text=True, cwd=ROOT)
-
-
-def test_the_command_line_ranks_a_file_and_keeps_what_was_in_it(tmp_path):
-    """Catches lost fields, lost candidates, and best that is not the highest score."""
-    judge = write(tmp_path / "judge.py", "def by_length(prompts, candidates):\n"
-                  "    return [[len(t) for t in texts] for texts in candidates]\n")
-    rows = [{"prompt_id": "p1", "prompt": "Why?", "candidates": ["ab", "a", "abc"], "extra": 1},
-            {"prompt": user("Who?"), "candidates": ["x", "y"]}]
-    source = write(tmp_path / "in.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    done = run_cli("--input", source, "--output", tmp_path / "out.jsonl",
-                   "--ranker", f"{judge}:by_length")
-    assert done.returncode == 0, done.stderr
-    result = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert result[0] == {**rows[0], "scores": [2.0, 1.0, 3.0], "best": 2, "worst": 1}
-    assert result[1] == {**rows[1], "prompt_id": "line 2", "scores": [1.0, 1.0], "best": None,
-                         "worst": None}
-    assert "1 of them all equal" in done.stdout
-
-
-def test_a_bad_line_is_named_and_an_old_output_stays(tmp_path, monkeypatch, capsys):
-    """Catches a traceback, and an output that is opened before the work is done."""
-    output = tmp_path / "out.jsonl"
-    write(tmp_path / "judge.py", "nan = lambda p, c: [[float('nan')] * len(t) for t in c]\n")
-    good = '{"prompt": "Why?", "candidates": ["a"]}\n'
-    cases = [("{not json", "line 2"), ('{"prompt": "Why?"}', "line 2"), ("[1]", "line 2"),
-             ('{"prompt": 3, "candidates": ["a"]}', "line 2: prompt"),
-             ('{"prompt": "Why?", "candidates": []}', "line 2: candidates"),
-             ('{"prompt": "Why?", "candidates": [1]}', "line 2: candidates"),
-             ('{"prompt_id": "bad", "prompt": "?", "candidates": ["a"]}', "prompt_id line 1")]
-    for line, message in cases:
-        output.write_text("old")
-        source = write(tmp_path / "in.jsonl", good + line + "\n")
-        monkeypatch.setattr(sys, "argv", ["rank.py", "--input", source, "--output", str(output),
-                                          "--ranker", f"{tmp_path / 'judge.py'}:nan"])
-        with pytest.raises(SystemExit, match=message):
-            rank.main()
-        assert output.read_text() == "old"

@@ -1,0 +1,707 @@
+"""Tests of harness/judges.py: whoever scores, and the command line `python rank.py`."""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import pickle
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy
+import pytest
+import torch
+from conftest import ARCHITECTURES, ROOT, TEMPLATES, make_tokenizer
+
+import data as our_data
+from harness import judges
+from harness.judges import load_judge, with_length_penalty
+from harness.rundir import printable
+
+PROMPTS = ["hello, how are you!", "I love you!", "Write a line\nabout  the sea, please."]
+CANDIDATES = [["get out!", "hi! I am fine, thanks!", "bye!"],
+              ["I love you too!", "I hate you!", "Thanks! You're a good guy!"],
+              ["The sea is wide and the sea is blue. " * 4, "No.", "The sea\n\nis here [SEP] now."]]
+LENGTHS = [[float(len(text)) for text in texts] for texts in CANDIDATES]
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+MESSAGES = [user(text) for text in PROMPTS]
+BY_LENGTH = "    return [[len(text) for text in texts] for texts in candidates]\n"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On models this small a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_judge(tmp_path):
+    """Writes a file with a function `judge` of this body -> its --ranker spec."""
+    def make(body=BY_LENGTH, before="", name="judge.py"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{before}\ndef judge(prompts, candidates):\n{body}")
+        return f"{path}:judge"
+    return make
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+# --- Judges are strangers ---------------------------------------------------------------------
+
+
+def test_a_users_function_is_called_with_messages_and_distinct_texts(make_judge):
+    """Catches a judge with moods that scores two identical texts differently."""
+    spec = make_judge("    assert prompts[0][0]['role'] == 'user'\n"
+                      "    return [[next(count) for _ in texts] for texts in candidates]\n",
+                      "import itertools\ncount = itertools.count()")
+    assert load_judge(spec)(MESSAGES[:1], [["b", "a", "b"]]) == [[0.0, 1.0, 0.0]]
+
+
+def test_a_judge_may_do_with_its_arguments_what_it_likes(make_judge):
+    """Catches a judge that sorts its list, or adds to a prompt, in the caller's own data: scores of
+    other candidates, prompts that nobody wrote."""
+    spec = make_judge("    scores = [[len(text) for text in texts] for texts in candidates]\n"
+                      "    for prompt, texts in zip(prompts, candidates):\n"
+                      "        texts.sort()\n        texts.append('mine')\n"
+                      "        prompt[0]['content'] += ' Be brief.'\n        prompt.append({})\n"
+                      "    prompts.clear()\n    return scores\n")
+    prompts, candidates = json.loads(json.dumps([MESSAGES, CANDIDATES]))
+    assert load_judge(spec)(prompts, candidates) == LENGTHS
+    assert [prompts, candidates] == [MESSAGES, CANDIDATES]
+
+
+@pytest.mark.parametrize("fault, words", [
+    ("sys.exit(0)", "SystemExit: 0"), ("raise SystemExit", "SystemExit"),
+    ("1 / 0", "ZeroDivisionError"), ("raise RuntimeError('two\\nlines')", "two lines"),
+    ("raise asyncio.CancelledError", "CancelledError"), ("assert False", "AssertionError"),
+    ("raise ValueError('\\033[2J\\033[H good')", "good"), ("{}['x']", "KeyError: 'x'"),
+    ("raise type('Mute', (Exception,), {'__str__': None})", "Mute: <exception str() failed>")])
+def test_whatever_a_judge_raises_is_one_line_that_names_judge_and_prompt(make_judge, fault, words):
+    """Catches tracebacks, a run that sys.exit(0) ends as a success, and an error that names 64
+    prompts where one is at fault."""
+    spec = make_judge(f"    for prompt in prompts:\n        if 'love' in prompt[0]['content']:\n"
+                      f"            {fault}\n{BY_LENGTH}", "import asyncio, sys")
+    with pytest.raises(ValueError) as error:
+        load_judge(spec)(MESSAGES, CANDIDATES, ["first", "second", "third"])
+    message = str(error.value)
+    assert spec in message and "prompt_id second:" in message and words in message
+    assert "judge.py, line 5)" in message and message.isprintable()
+
+
+@pytest.mark.parametrize("fault", ["raise SystemExit(0)", "import no_such_module", "def",
+                                   "raise BaseException('no')"])
+def test_a_file_that_cannot_be_imported_is_one_line_that_names_it(make_judge, fault):
+    """Catches sys.exit(0) at the top of a judge's file, which ends the run as a success."""
+    spec = make_judge(before=fault)
+    with pytest.raises(ValueError, match="importing .*judge.py failed, ") as error:
+        load_judge(spec)
+    assert spec in str(error.value) and str(error.value).isprintable()
+
+
+def test_ctrl_c_passes_through_a_judge(make_judge):
+    """Catches a Ctrl-C that is taken for the judge's fault, or retried."""
+    spec = make_judge("    raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        load_judge(spec)(MESSAGES, CANDIDATES)
+    with pytest.raises(KeyboardInterrupt):
+        load_judge(make_judge(before="raise KeyboardInterrupt"))
+
+
+def test_a_call_that_only_fails_as_a_whole_is_an_error_and_loses_nothing(make_judge, tmp_path):
+    """Catches a judge for many prompts that is taken at its word for one, without a warning."""
+    spec = make_judge("    if len(prompts) > 1: raise RuntimeError('too many')\n" + BY_LENGTH)
+    kept = tmp_path / "scores.jsonl"
+    with pytest.raises(ValueError, match="prompt_id a to c: RuntimeError: too many"):
+        load_judge(spec)(MESSAGES, CANDIDATES, "abc", kept)
+    assert [row["prompt_id"] for row in lines(kept)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("value", [
+    "'12'", "b'12'", "{1: 1, 2: 2}", "{1, 2}", "['1', '2']", "[b'1', b'2']", "[None, 1]", "None",
+    "3", "(x for x in [1, 2])", "[{}, {}]", "[[1], [2]]", "[1j, 1]", "[10 ** 400, 1]", "iter([1])",
+    "numpy.array(['1', '2'])", "numpy.array(3.0)", "bytearray(b'12')", "[1, [2]]",
+    "['1', 2, 3]", "[bytearray(b'1'), 2]", "[1, 2, None]", "[]", "[1, 2, 3]"])
+def test_what_is_no_list_of_numbers_is_refused(make_judge, value):
+    """Catches '12', a dict and a set, which Python would read as the scores 1.0 and 2.0."""
+    texts = [["a", "b"]]
+    for result in (f"[{value}]", value):
+        spec = make_judge(f"    return {result}\n", "import numpy")
+        with pytest.raises(ValueError, match="judge .*:judge, prompt_id x: .* list of lists of"):
+            load_judge(spec)(MESSAGES[:1], texts, ["x"])
+
+
+@pytest.mark.parametrize("value", [
+    [[1, 0.5]], ((True, 0.5),), numpy.array([[1, 0.5]]), [numpy.float32([1, 0.5])],
+    torch.tensor([[1, 0.5]], requires_grad=True), [torch.tensor([1, 0.5], dtype=torch.bfloat16)],
+    [[torch.tensor(1), torch.tensor([0.5])]], [[numpy.bool_(True), Fraction(1, 2)]]], ids=repr)
+def test_numbers_of_every_kind_are_scores(value):
+    """Catches a check that only knows lists of float."""
+    scores = load_judge("oracle", oracle=lambda prompts, candidates: value)(
+        MESSAGES[:1], [["a", "b"]])
+    assert scores == [[1.0, 0.5]] and all(type(score) is float for score in scores[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_not_finite_stops_with_the_prompts_id(bad, tmp_path):
+    """Catches a NaN that sorts anywhere and trains on noise; good scores lost with a bad one."""
+    judge = load_judge("oracle", oracle=lambda p, c: [[1.0], [0.0, bad], [3.0]])
+    with pytest.raises(ValueError, match="judge oracle, prompt_id second: .* not finite"):
+        judge(MESSAGES, [["a"], ["b", "c"], ["d"]], ["first", "second", "third"],
+              tmp_path / "scores")
+    assert [row["prompt_id"] for row in lines(tmp_path / "scores")] == ["first", "third"]
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("nonsense", "pairrm"), ("", "pairrm"), ("reward:", "reward:ID"), ("missing.py:f", "no file"),
+    ("judge.py:absent", "no function absent"), ("broken.py:f", "importing broken.py failed"),
+    ("oracle", "toy world"), ("judge.py:flat", "list of lists"), ("judge.py:short", "candidates"),
+    ("judge.py:words", "list of lists"), ("judge.py:fewer", "1 lists for 2 prompts"),
+    ("judge.py:later", "list of lists"), ("judge.py:number", "no function number")])
+def test_a_judge_that_cannot_be_used_says_why_in_one_line(tmp_path, monkeypatch, spec, message):
+    """Catches tracebacks, and wrong shapes that only fail in the middle of a run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("import no_such_module\n")
+    (tmp_path / "judge.py").write_text(
+        "flat = lambda p, c: [1.0, 2.0]\nnumber = 3\n"
+        "short = lambda p, c: [[1.0], [1.0]]\nfewer = lambda p, c: [[1.0, 2.0]]\n"
+        "words = lambda p, c: [['good'] * len(t) for t in c]\n"
+        "def later(p, c):\n    yield from [[1.0, 2.0], [1.0, 2.0]]\n")
+    with pytest.raises(ValueError, match=message) as error:
+        load_judge(spec)(MESSAGES[:2], [["a", "b"], ["c", "d"]])
+    assert "\n" not in str(error.value)
+
+
+# --- The room of a user's function ------------------------------------------------------------
+
+
+def test_a_judge_imports_its_neighbours_also_where_they_are_called_like_ours(make_judge, tmp_path):
+    """Catches ModuleNotFoundError; `import data` that finds ours, or that leaves the judge's to us;
+    and two judges of which the second gets the first one's neighbours."""
+    for folder, factor in (("one", 1), ("two", 2)):
+        spec = make_judge(
+            "    from words.more import offset\n    import late\n"
+            "    return [[data.factor * len(t) + offset + late.zero for t in texts]"
+            " for texts in candidates]\n", "import data", f"{folder}/rank.py")
+        (tmp_path / folder / "data.py").write_text(f"factor = {factor}\n")
+        (tmp_path / folder / "late.py").write_text("zero = 0\n")
+        (tmp_path / folder / "words").mkdir()
+        (tmp_path / folder / "words/__init__.py").write_text("")
+        (tmp_path / folder / "words/more.py").write_text("offset = 7\n")
+        judge, path, modules = load_judge(spec), sys.path[:], dict(sys.modules)
+        for _ in range(2):
+            expected = [[factor * length + 7 for length in row] for row in LENGTHS]
+            assert judge(MESSAGES, CANDIDATES) == expected
+        assert sys.path == path and sys.modules == modules
+    assert sys.modules["data"] is our_data
+
+
+def test_dataclasses_and_pickle_work_in_a_judge(make_judge):
+    """Catches a module that Python cannot find under its own name."""
+    spec = make_judge(
+        "    rows = pickle.loads(pickle.dumps([Row(text) for text in candidates[0]]))\n"
+        "    assert __name__ == 'my-judge' and __file__.endswith('my-judge.py')\n"
+        "    return [[len(row.text) for row in rows]]\n",
+        "from __future__ import annotations\nimport dataclasses, pickle\n"
+        "@dataclasses.dataclass\nclass Row:\n    text: str\n", "my-judge.py")
+    assert load_judge(spec)(MESSAGES[:1], CANDIDATES[:1]) == LENGTHS[:1]
+
+
+def test_a_judge_leaves_the_process_as_it_was(make_judge, tmp_path):
+    """Catches relative paths of the run that move with a judge's chdir, training without gradients,
+    and numbers in the judge's dtype."""
+    reckless = ("os.chdir({!r}); torch.set_grad_enabled(False); "
+                "torch.set_default_dtype(torch.float64); sys.path.clear()").format(str(tmp_path))
+    judge, here, path = make_judge(f"    {reckless}\n{BY_LENGTH}",
+                                   f"import os, sys, torch\n{reckless}"), os.getcwd(), sys.path[:]
+    assert load_judge(judge)(MESSAGES, CANDIDATES) == LENGTHS
+    assert (os.getcwd(), sys.path) == (here, path)
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+
+
+def test_a_judge_that_was_edited_within_the_second_is_read_anew(make_judge):
+    """Catches bytecode of the older version: same size, same second, other scores."""
+    for number in "123":
+        spec = make_judge(f"    return [[{number} for _ in texts] for texts in candidates]\n")
+        assert load_judge(spec)(MESSAGES[:1], [["a"]]) == [[float(number)]]
+
+
+# --- Finished scores --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counting(make_judge, tmp_path):
+    """A judge that notes every prompt it is asked, fails while the file `fault` exists and the
+    prompt is the third, and is fine otherwise -> (load_judge's result, asked())."""
+    spec = make_judge(
+        "    for prompt in prompts:\n"
+        "        open('{0}/asked', 'a').write(prompt[0]['content'][0])\n"
+        "        if os.path.exists('{0}/fault') and prompt[0]['content'][0] == 'W':\n"
+        "            sys.exit(0)\n".format(tmp_path) + BY_LENGTH, "import os, sys")
+
+    def asked():
+        text = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+        (tmp_path / "asked").write_text("")
+        return text
+    return load_judge(spec), asked
+
+
+def test_a_judge_that_fails_half_way_loses_nothing(counting, tmp_path):
+    """Catches scores that were paid for and are asked for again."""
+    (judge, asked), kept = counting, tmp_path / "deep/scores.jsonl"
+    (tmp_path / "fault").touch()
+    with pytest.raises(ValueError, match="prompt_id c: SystemExit"):
+        judge(MESSAGES, CANDIDATES, "abc", kept)
+    asked(), (tmp_path / "fault").unlink()
+    assert judge(MESSAGES, CANDIDATES, "abc", kept) == LENGTHS
+    assert asked() == "W"
+    backwards = judge(MESSAGES[::-1], [texts[::-1] for texts in CANDIDATES[::-1]], "cba", kept)
+    assert [row[::-1] for row in backwards[::-1]] == LENGTHS and asked() == ""
+
+
+def test_finished_scores_belong_to_one_judge_id_prompt_and_texts(counting, make_judge, tmp_path):
+    """Catches scores that are joined by position or by a prompt_id alone."""
+    (judge, asked), kept = counting, tmp_path / "scores.jsonl"
+    judge(MESSAGES[:1], CANDIDATES[:1], "a", kept)
+    for prompts, texts, ids in ((MESSAGES[1:2], CANDIDATES[:1], "a"),
+                                (MESSAGES[:1], [CANDIDATES[0][:2]], "a"),
+                                (MESSAGES[:1], CANDIDATES[:1], "b")):
+        asked()
+        assert judge(prompts, texts, ids, kept) == [[float(len(t)) for t in texts[0]]]
+        assert len(asked()) == 1
+    other = load_judge(make_judge("    return [[-1] * len(t) for t in candidates]\n", "", "o.py"))
+    assert other(MESSAGES[:1], CANDIDATES[:1], "a", kept) == [[-1.0] * 3]
+
+
+def test_a_damaged_line_is_asked_for_again_and_the_others_stand(counting, tmp_path):
+    """Catches half a line after a kill that stops the run or swallows the next line, and a changed
+    digit that is believed."""
+    (judge, asked), kept = counting, tmp_path / "scores.jsonl"
+    judge(MESSAGES, CANDIDATES, "abc", kept)
+    whole = kept.read_text()
+    for change in (lambda text: text[:-30], lambda text: text.replace("27.0", "28.0"),
+                   lambda text: text.replace('"prompt_id": "b"', '"prompt_id": "x"'),
+                   lambda text: text.replace("22.0", "2\0.0"),
+                   lambda text: text + "\n[1]\n3\nnull"):
+        asked(), kept.write_text(change(whole))
+        assert judge(MESSAGES, CANDIDATES, "abc", kept) == LENGTHS
+        assert len(asked()) == (change(whole)[:len(whole)] != whole), "the damaged one, and only it"
+        assert judge(MESSAGES, CANDIDATES, "abc", kept) == LENGTHS and asked() == ""
+    kept.write_bytes(b"\xff\xfe\0" + os.urandom(200))
+    assert judge(MESSAGES, CANDIDATES, "abc", kept) == LENGTHS and len(asked()) == 3
+
+
+def test_scores_are_on_disk_before_the_next_call(make_judge, tmp_path, monkeypatch):
+    """Catches a file that is written at the end, of which a kill (a power cut) leaves nothing."""
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(number) or fsync(number))
+    load_judge(make_judge())(MESSAGES, CANDIDATES, kept=tmp_path / "synced.jsonl")
+    assert len(synced) == 1
+    kept = tmp_path / "scores.jsonl"
+    spec = make_judge(f"    if os.path.exists('{kept}'): os._exit(7)\n" + BY_LENGTH, "import os")
+    code = ("from harness.judges import load_judge\n"
+            f"load_judge({spec!r})([{MESSAGES[0]!r}] * 65, [['a', 'b']] * 65, kept={str(kept)!r})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    assert done.returncode == 7 and [row["prompt_id"] for row in lines(kept)] == [
+        str(b) for b in range(64)]
+
+
+# --- The call before the run ------------------------------------------------------------------
+
+RECORDS = [{"prompt_id": f"p{i}", "prompt": MESSAGES[i], "data_chosen": CANDIDATES[i][0],
+            "data_rejected": CANDIDATES[i][1]} for i in range(3)]
+
+
+@pytest.mark.parametrize("body, words", [
+    ("    return [[float('nan')] * len(t) for t in candidates]\n", "not finite"),
+    ("    return [[1.0, 2.0] for t in candidates]\n", "1.0, 2.0. for 3 candidates"),
+    ("    return [[len(t) / len(t) for t in ts] for ts in candidates]\n", "ZeroDivisionError"),
+    ("    return [[ord(t[0]) for t in ts] for ts in candidates]\n", "IndexError")])
+def test_a_dry_call_finds_what_would_fail_hours_later(make_judge, body, words):
+    """Catches NaN, fixed numbers of candidates, and a judge that an empty sample would break."""
+    with pytest.raises(ValueError, match=f"{words}.*before the run") as error:
+        load_judge(make_judge(body)).dry_call(RECORDS)
+    assert "prompt_id p" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_dry_call_asks_about_two_short_prompts_of_the_data_and_never_you(make_judge, monkeypatch):
+    """Catches made-up prompts, which a judge that looks answers up would refuse; a question to a
+    person who did not ask for a run yet."""
+    judge = load_judge(make_judge(
+        "    assert len(prompts) <= 2\n    known = {0!r}\n"
+        "    return [[known[p[0]['content']]] * len(t) for p, t in zip(prompts, candidates)]\n"
+        .format({text: 1.0 for text in PROMPTS})))
+    for number in (1, 2, 3):
+        judge.dry_call(RECORDS[:number])
+    monkeypatch.setattr("builtins.input", None)
+    load_judge("human").dry_call(RECORDS)
+
+
+# --- Oracle, penalty, order of prompts --------------------------------------------------------
+
+
+def test_the_oracle_is_the_callable_that_was_handed_in():
+    """Catches an oracle that is looked up elsewhere."""
+    judge = load_judge("oracle", oracle=lambda prompts, candidates: [[len(t) for t in c]
+                                                                     for c in candidates])
+    assert judge(MESSAGES[:1], [["a", "bbb"]]) == [[1.0, 3.0]]
+
+
+def test_the_length_penalty_takes_lambda_for_every_token(tmp_path):
+    """Catches a penalty in characters, with the special tokens, with the wrong sign, or that is in
+    the scores on disk, so that another lambda would be added to it."""
+    tokenizer, kept = make_tokenizer(), tmp_path / "kept"
+    judge = load_judge("oracle", oracle=lambda p, c: [[5.0] * len(t) for t in c])
+    texts = ["hello", "hello, how are you!"]
+    for weight in (0.5, 0.25, 0.0):
+        expected = [5.0 - weight * len(tokenizer.tokenize(text)) for text in texts]
+        assert with_length_penalty(judge, weight, tokenizer)(
+            MESSAGES[:1], [texts], "a", kept) == [expected]
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        with_length_penalty(judge, 0.5, None)
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="--length-penalty"):
+            with_length_penalty(judge, weight, tokenizer)
+
+
+# --- Reward models ----------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
+ALTERNATING = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system "
+               "role\\n\033[2J here') }}{% endif %}{{ m['content'] }}{% endfor %}")
+
+
+def save_reward_model(folder, architecture="llama", labels=1, pad=0, template=TEMPLATE,
+                      causal=False, adds_bos=False):
+    """A tiny random reward model of 64 positions. Its weights are scaled up: else all scores are
+    nearly equal, and a wrong row would hardly show."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    torch.manual_seed(1)
+    config = ARCHITECTURES[architecture]()
+    config.num_labels, config.pad_token_id, config.max_position_embeddings = labels, pad, 64
+    model = (AutoModelForCausalLM if causal else AutoModelForSequenceClassification).from_config(
+        config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 6 if parameter.dim() > 1 else 1
+    model.save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("architecture, pad, bos", [
+    ("llama", None, "template"), ("llama", 0, "tokenizer"), ("qwen3", 0, ""),
+    ("qwen3", 0, "template"), ("qwen3", 0, "tokenizer"), ("qwen3", 0, "template, tokenizer")])
+def test_a_reward_model_scores_as_one_by_one_in_transformers(architecture, pad, bos, tmp_path):
+    """Catches a score read at padding, a swapped row, a prompt without its template, no BOS or two,
+    and an answer (or BOS) that is cut where the conversation exceeds the model's 64 positions."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    template = "{{ bos_token }}" * ("template" in bos) + TEMPLATES["chatml"]
+    folder = save_reward_model(tmp_path / "reward", architecture, 1, pad, template, False,
+                               "tokenizer" in bos)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    loaded, expected, lengths = AutoTokenizer.from_pretrained(folder), [], []
+    assert type(model).__name__.lower() == f"{architecture}forsequenceclassification"
+    for prompt, texts in zip(PROMPTS, CANDIDATES):
+        expected.append([])
+        for text in texts:
+            ids = loaded(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{text}"
+                         "<|im_end|>\n", add_special_tokens=False)["input_ids"]
+            first = [loaded.bos_token_id] if bos else []
+            lengths.append(len(ids))
+            with torch.no_grad():
+                row = first + ids[-(64 - len(first)):]
+                expected[-1].append(model(torch.tensor([row])).logits.item())
+    assert torch.tensor(expected).std() > 0.1 and min(lengths) < 64 < max(lengths)
+    scores = load_judge(f"reward:{folder}")(MESSAGES, CANDIDATES)
+    for row, wanted in zip(scores, expected, strict=True):
+        assert row == pytest.approx(wanted, abs=1e-5)
+
+
+def test_our_models_meet_the_longest_prompts_first(tmp_path):
+    """Catches memory that runs out in the last hour, and scores that follow the order of calls."""
+    judge = load_judge(f"reward:{save_reward_model(tmp_path / 'reward')}")
+    met = []
+    by_length = lambda p, c: met.append(p[0]) or [[len(text) for text in texts] for texts in c]
+    spy = dataclasses.replace(judge, prompts_a_call=1, score=by_length)
+    assert spy(MESSAGES, CANDIDATES) == LENGTHS
+    assert met == [MESSAGES[2], MESSAGES[1], MESSAGES[0]]
+
+
+def test_what_is_not_a_reward_model_is_refused_in_one_line(tmp_path):
+    """Catches a classifier of two classes, a random head on a language model, no template, a
+    pickle, a damaged file, and a GPU that is not there."""
+    def refused(folder, words, device="cpu"):
+        with pytest.raises(ValueError, match=words) as error:
+            load_judge(f"reward:{folder}", device)
+        assert str(error.value).startswith(f"--ranker reward:{folder}: ")
+        assert str(error.value).isprintable()
+    refused(save_reward_model(tmp_path / "two", labels=2), "2 outputs")
+    refused(save_reward_model(tmp_path / "causal", causal=True), "no trained head")
+    refused(save_reward_model(tmp_path / "plain", template=None), "chat template")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no sequence classifier")
+    folder = tmp_path / "model"
+    save_reward_model(folder)
+    if not torch.cuda.is_available():
+        refused(folder, "CUDA", "cuda")
+    refused(folder, "nonsense", "nonsense")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    refused(folder, "no sequence classifier")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    refused(folder, "no .safetensors file")
+
+
+@pytest.mark.parametrize("what", ["AutoModelForSequenceClassification", "AutoTokenizer"])
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(what, tmp_path, monkeypatch):
+    """Catches transformers' question on stdin, after which a `y` runs a stranger's code."""
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked on stdin"))
+    folder = tmp_path / "model"
+    save_reward_model(folder)
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Any: pass\n")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(
+        content | {"model_type": "new", "auto_map": {"AutoConfig": "code.Any", what: "code.Any"}}))
+    if what == "AutoTokenizer":
+        (folder / "tokenizer_config.json").write_text(json.dumps(
+            {"tokenizer_class": "Any", "auto_map": {what: ["code.Any", None]}}))
+    with pytest.raises(ValueError, match="no sequence classifier"):
+        load_judge(f"reward:{folder}")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_prompt_that_a_model_cannot_judge_is_found_by_check(tmp_path):
+    """Catches a role that a reward model's template refuses, after an hour of sampling."""
+    folder = save_reward_model(tmp_path / "reward", template=ALTERNATING)
+    judge = load_judge(f"reward:{folder}")
+    judge.check(MESSAGES[0])
+    with pytest.raises(ValueError, match="refuses it: .*no system role") as error:
+        judge.check([{"role": "system", "content": "Be brief."}, *MESSAGES[0]])
+    assert str(error.value).isprintable()
+    load_judge("human").check([{"role": "anyone", "content": ""}])
+
+
+# --- You as the judge -------------------------------------------------------------------------
+
+
+def answer(monkeypatch, replies):
+    replies = iter(replies)
+    monkeypatch.setattr("builtins.input", lambda _: next(replies))
+
+
+def shown(capsys):
+    """The candidates in the order in which they were printed."""
+    return [text for text in capsys.readouterr().out.split("\n") if text.startswith("text ")]
+
+
+def test_a_human_judge_stops_and_goes_on_where_it_stopped(monkeypatch, capsys, tmp_path):
+    """Catches answers that are lost on 'q', asked twice, or given to the wrong candidate."""
+    candidates = [["text a", "text b", "text c"], ["text d", "text e"], ["text f", "text f"]]
+    path = tmp_path / "answers.jsonl"
+    answer(monkeypatch, ["0", "x", "2", "2", "1", "q"])  # two bad numbers; worst may not be best
+    with pytest.raises(SystemExit, match="goes on"):
+        load_judge("human", seed=3)(MESSAGES, candidates, kept=path)
+    order = shown(capsys)[:3]
+    with open(path, "a") as file:
+        file.write('\n{"key": "cut o')  # killed while it wrote
+    answer(monkeypatch, ["1"])
+    scores = load_judge("human", seed=3)(MESSAGES, candidates, kept=path)
+    second = shown(capsys)
+    expected = {order[1]: 1.0, order[0]: -1.0, order[2]: 0.0, second[0]: 1.0, second[1]: -1.0}
+    assert scores[:2] == [[expected[text] for text in texts] for texts in candidates[:2]]
+    assert scores[2] == [0.0, 0.0], "identical candidates need no answer"
+    answer(monkeypatch, [])
+    again = load_judge("human", seed=3)(MESSAGES, [t[::-1] for t in candidates], kept=path)
+    assert [row[::-1] for row in again] == scores
+
+
+def test_a_human_sees_the_same_order_whatever_order_the_candidates_come_in(monkeypatch, capsys):
+    """Catches a shuffle of the incoming order, by which a second session would show the sources,
+    and an order that is the same for every prompt and seed."""
+    orders, others = set(), set()
+    for seed in range(60):
+        answer(monkeypatch, ["q"])
+        with pytest.raises(SystemExit):
+            load_judge("human", seed=seed)(MESSAGES[:1], [["text a", "text b", "text c"]])
+        others.add(tuple(shown(capsys)))
+    assert len(others) == 6, "60 seeds show every order"
+    for texts in itertools.permutations(["text a", "text b", "text c"]):
+        answer(monkeypatch, ["q"])
+        with pytest.raises(SystemExit):
+            load_judge("human", seed=0)(MESSAGES[:1], [list(texts)])
+        orders.add(tuple(shown(capsys)))
+    assert len(orders) == 1
+
+
+def test_nothing_that_data_or_model_wrote_controls_the_terminal(monkeypatch, capsys):
+    """Catches an escape sequence that clears the screen, moves the cursor or hides a candidate, and
+    half a surrogate pair, which cannot be printed at all."""
+    evil = "\033[2J\033]0;title\a\x9b31m\rwin\b\b\u202e \ud800"
+    prompt = [{"role": f"user{evil}", "content": f"Why?\n\tyes é 🙂 {evil}"}]
+    answer(monkeypatch, ["1"])
+    load_judge("human")([prompt], [[f"a{evil}", f"b{evil}"]])
+    out = capsys.readouterr().out
+    assert all(char.isprintable() or char in "\n\t" for char in out)
+    assert "Why?\n\tyes é 🙂 " in out and "[2J]0;title31mwin" in out
+    assert printable("a\tb\nc\r\x7f\x85") == "a\tb\nc"
+
+
+# --- The command line -------------------------------------------------------------------------
+
+
+def run_cli(*arguments, **options):
+    return subprocess.run([sys.executable, str(ROOT / "rank.py"), *map(str, arguments)],
+                          capture_output=True, text=True, cwd=ROOT, **options)
+
+
+GOOD = '{"prompt": "Why?", "candidates": ["a", "bb"]}\n'
+
+
+@pytest.fixture
+def rank(tmp_path, monkeypatch):
+    """Runs the command line here -> its error message, or None. GOOD is the input."""
+    (tmp_path / "in.jsonl").write_text(GOOD)
+
+    def run(spec, *extra):
+        files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+        monkeypatch.setattr(sys, "argv", ["rank.py", *files, "--ranker", spec, *extra])
+        try:
+            judges.main()
+        except SystemExit as stop:
+            return stop.code
+    return run
+
+
+def test_the_command_line_ranks_a_file_and_keeps_what_was_in_it(tmp_path, make_judge):
+    """Catches lost fields, lost candidates, and best that is not the highest score."""
+    rows = [{"prompt_id": "p1", "prompt": "Why?", "candidates": ["ab", "a", "abc"], "extra": 1},
+            {"prompt": user("Who?\u2028"), "candidates": ["x", "y"]}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())  # as Windows writes it
+    done = run_cli("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl",
+                   "--ranker", make_judge())
+    assert done.returncode == 0, done.stderr
+    result = lines(tmp_path / "out.jsonl")
+    assert result[0] == {**rows[0], "scores": [2.0, 1.0, 3.0], "best": 2, "worst": 1}
+    assert result[1] == {**rows[1], "prompt_id": "line 2", "scores": [1.0, 1.0], "best": None,
+                         "worst": None}
+    assert "1 of them all equal" in done.stdout
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl"]
+
+
+def test_a_bad_line_is_named_and_an_old_output_stays(tmp_path, rank, make_judge):
+    """Catches a traceback, and an output that is opened before the work is done."""
+    nan = make_judge("    return [[float('nan')] * len(t) for t in candidates]\n")
+    cases = [("{not json", "line 2"), ('{"prompt": "Why?"}', "line 2"), ("[1]", "line 2"),
+             ('{"prompt": 3, "candidates": ["a"]}', "line 2: prompt"),
+             ('{"prompt": "Why?", "candidates": []}', "line 2: candidates"),
+             ('{"prompt": "Why?", "candidates": [1]}', "line 2: candidates"),
+             ('{"prompt": "\\ud800", "candidates": ["a"]}', "line 2: half a surrogate"),
+             ('{"prompt": "?", "candidates": ["a"], "x": "\\udfff"}', "line 2: half a surrogate"),
+             ("[" * 100_000, "line 2: not valid JSON"),
+             ('{"prompt_id": "bad", "prompt": "?", "candidates": ["a"]}', "prompt_id line 1")]
+    for line, message in cases:
+        (tmp_path / "out.jsonl").write_text("old")
+        (tmp_path / "in.jsonl").write_text(GOOD + line + "\n")
+        error = rank(nan)
+        assert message in error and error.isprintable()
+        assert (tmp_path / "out.jsonl").read_text() == "old"
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "No such file"), ("folder", "Is a directory"), (b"", "no line"), (b" \n\n", "no line"),
+    (b'[{"prompt": "?", "candidates": ["a"]}]', "JSON array"), (b"[\n  {\n", "JSON array"),
+    ("Wozu? Für".encode("latin-1"), "not UTF-8"), (GOOD.encode("utf-16"), "not UTF-8"),
+    (b"prompt,candidates\nWhy,a\n", "line 1: not valid JSON")])
+def test_an_input_of_another_kind_is_refused_with_its_name(content, words, rank, tmp_path):
+    """Catches tracebacks and 'no such file' for a folder, an array, another encoding, a table."""
+    path = tmp_path / "in.jsonl"
+    path.unlink()
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    error = rank("nobody.py:calls")
+    assert words in error and str(path) in error and error.isprintable()
+
+
+@pytest.mark.parametrize("extra, words", [
+    (["--length-penalty", "-1"], "--length-penalty -1"), (["--length-penalty", "nan"], "nan"),
+    (["--length-penalty", "inf"], "inf"), (["--length-penalty", "1"], "needs a tokenizer"),
+    (["--tokens-per-forward", "0"], "--tokens-per-forward 0"),
+    (["--tokens-per-forward", "-5"], "--tokens-per-forward -5"),
+    (["--output", "/nowhere/out"], "/nowhere/out: cannot be written"),
+    (["--output", "."], "folder"), (["--output", ""], "cannot be written"),
+    (["--length-penalty", "1", "--tokenizer", "/nowhere"], "--tokenizer /nowhere")])
+def test_what_cannot_work_is_refused_before_the_judge_is_asked(extra, words, rank, make_judge):
+    """Catches hours of judging whose result cannot be written, and numbers that are nonsense."""
+    error = rank(make_judge("    raise RuntimeError('asked')\n"), *extra)
+    assert words in error and "asked" not in error and error.isprintable()
+
+
+def test_a_prompt_that_the_judge_cannot_read_is_refused_by_line(rank, tmp_path):
+    """Catches a conversation that fails when everything before it has been judged."""
+    folder = save_reward_model(tmp_path / "reward", template=ALTERNATING)
+    turns = [{"role": "system", "content": "x"}, *user("Why?")]
+    (tmp_path / "in.jsonl").write_text(
+        GOOD + json.dumps({"prompt": turns, "candidates": ["a"]}) + "\n")
+    error = rank(f"reward:{folder}", "--device", "cpu")
+    assert "in.jsonl, line 2: the reward model's chat template" in error and error.isprintable()
+    assert not (tmp_path / "out.jsonl.scores.jsonl").exists()
+
+
+def test_the_same_command_goes_on_from_finished_scores(rank, make_judge, tmp_path, capsys):
+    """Catches work that a failure half way throws away; scores of a finished file that a second
+    command with a changed judge gets again; your own answers thrown away."""
+    (tmp_path / "in.jsonl").write_text(GOOD + GOOD.replace("Why", "Who"))
+    failing = "    if 'Who' in prompts[-1][0]['content']: raise RuntimeError('half way')\n"
+    assert "prompt_id line 2: RuntimeError: half way" in rank(make_judge(failing + BY_LENGTH))
+    assert len(lines(tmp_path / "out.jsonl.scores.jsonl")) == 1
+    fixed = make_judge("    assert len(prompts) == 1\n" + BY_LENGTH)
+    assert rank(fixed) is None and "finished scores are in" in capsys.readouterr().out
+    assert [row["scores"] for row in lines(tmp_path / "out.jsonl")] == [[1.0, 2.0]] * 2
+    assert rank(make_judge("    return [[7, 8]] * len(prompts)\n"), "--scores",
+                str(tmp_path / "mine")) is None
+    assert [row["scores"] for row in lines(tmp_path / "out.jsonl")] == [[7.0, 8.0]] * 2
+    assert len(lines(tmp_path / "mine")) == 2 and not list(tmp_path.glob("out.jsonl.scores*"))
+
+
+def test_ctrl_c_and_a_judge_that_exits_end_in_one_line_and_no_success(make_judge, tmp_path):
+    """Catches a traceback on Ctrl-C, and exit code 0 for a file that was not ranked."""
+    (tmp_path / "in.jsonl").write_text(GOOD)
+    for fault, code, words in (("os.kill(os.getpid(), signal.SIGINT)", 130, "stopped"),
+                               ("sys.exit(0)", 1, ":judge, prompt_id line 1: SystemExit: 0")):
+        done = run_cli("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl",
+                       "--ranker", make_judge(f"    {fault}\n", "import os, signal, sys"))
+        lines = [line.strip() for line in re.split(r"[\r\n]", done.stderr)]
+        (message,) = [line for line in lines if line and "judge: " not in line]
+        assert done.returncode == code and words in message, done.stderr
+        assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_human_without_a_terminal_ends_in_one_line_and_no_success(tmp_path):
+    """Catches EOFError's traceback, and exit code 0 for questions that nobody answered."""
+    (tmp_path / "in.jsonl").write_text(GOOD)
+    done = run_cli("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl",
+                   "--ranker", "human", stdin=subprocess.DEVNULL)
+    assert done.returncode == 1 and "goes on from there" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out.jsonl").exists()
