@@ -1,18 +1,24 @@
-"""The policy: loading, the packed forward pass to response log-probs, saving, LoRA, sharding.
+"""The policy pi(y|x): loading, the packed forward pass to response log-probs, saving.
 
 The architecture is transformers' own, unmodified. Ours is what happens around it:
 
   - `tree_attention` enforces the tree mask of data.py without any mask: it calls ordinary causal
     attention once a response, on [prompt; response]. What is masked out is never computed, where
     a (T, T) mask over the packed line would compute everything and throw most of it away.
-  - `Policy.forward` runs the backbone without its head and hands the hidden states of response
+  - `Policy.forward` runs the decoder without its head and hands the hidden states of response
     tokens to selm.token_logps, so (tokens, vocabulary) logits never exist.
   - There is no reference model. At the start of an iteration the reference IS the policy: the same
     forward, under no_grad, before the first update, gives its log-probs once and for all. Same code
     and dtype, so the loss of step 0 is ln 2 to the last digits; train_loop.py asserts it.
+  - A policy never enters training mode. DPO compares two passes over the same text, and dropout or
+    a router's noise would put a difference between them that no update made.
 
-Leaves the loss to selm.py, the optimiser to train_loop.py, generation to sample.py.
-Test: pytest tests/test_model.py.    Read next: sample.py.
+Not every architecture can be packed. `self_check` compares our numbers with the model's own before
+a run; --plain-rows then leaves everything (mask, positions, attention, head) to transformers.
+
+Leaves the loss to selm.py, the optimiser to train_loop.py, generation to sample.py, processes and
+LoRA to harness/scale.py.
+Test: pytest tests/test_model.py tests/test_architectures.py.    Read next: sample.py.
 
 Legend: R responses, T tokens of a micro-batch, N response tokens, V vocabulary, H hidden size,
 A attention heads, D size of one head.
@@ -20,62 +26,129 @@ A attention heads, D size of one head.
 
 import ctypes
 import os
+import re
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
-                          AutoModelForCausalLM)
+                          AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig,
+                          MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import selm
 
 # ----------------------------------------------------------------------------------------------
-# 1. Tree attention
+# 1. The policy
+# ----------------------------------------------------------------------------------------------
+
+
+class Policy(nn.Module):
+    """A causal LM seen as pi(y|x): micro-batch in, one log-prob a response out.
+
+    autocast_dtype: bf16 compute over fp32 master weights, or None. checkpointing: recompute each
+    layer in backward (less memory for one more forward pass). compile: a torch.compile backend
+    ("inductor") for each layer, or None.
+    """
+
+    def __init__(self, model, checkpointing=False, autocast_dtype=None, compile=None):
+        super().__init__()
+        self.model, self.autocast_dtype = model.eval(), autocast_dtype
+        for layer in self.layers:
+            if compile:
+                # Dynamo cannot leave a graph inside a checkpoint, as tree_attention makes it do: of
+                # a checkpointed layer it would compile nothing.
+                for part in layer.children() if checkpointing else [layer]:
+                    part.compile(backend=compile, dynamic=True)
+            if checkpointing:  # transformers' own works in training mode only
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                        preserve_rng_state=False)  # nothing here is random
+
+    @property
+    def causal_lm(self):
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def backbone(self):
+        return self.causal_lm.get_decoder()  # of a vision-language model: its text model
+
+    @property
+    def layers(self):
+        """The decoder layers, whatever they are called: the outermost list of modules. (A list of
+        experts lies inside a layer, and so comes later.)"""
+        return next(m for m in self.backbone.modules() if isinstance(m, nn.ModuleList))
+
+    def forward(self, batch):
+        """MicroBatch -> log pi(y|x) of each response, (R,) fp32, in nats."""
+        autocast = (torch.autocast(batch.input_ids.device.type, self.autocast_dtype)
+                    if self.autocast_dtype else nullcontext())
+        with autocast:
+            token_logps = (self._packed_token_logps(batch) if batch.layout else
+                           self._plain_token_logps(batch))  # (N,)
+        return selm.response_logps(token_logps, batch.response_index, batch.responses)  # (R,)
+
+    def _packed_token_logps(self, batch):
+        layout = TreeLayout(batch.layout)
+        # A 4-D mask is passed through as it is: transformers builds none of its own, and
+        # tree_attention never reads this one.
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+        hidden = self.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids,
+                               attention_mask=mask, use_cache=False,
+                               tree_layout=layout).last_hidden_state
+        if layout.calls != len(self.layers):  # layers without attention, or with one of their own
+            raise ValueError(f"{layout.calls} of its {len(self.layers)} layers use our attention")
+        hidden = hidden.flatten(0, 1)[batch.predicted_from]  # (N, H), response tokens only
+        head = self.causal_lm.get_output_embeddings()
+        config = self.causal_lm.config.get_text_config()
+        return selm.token_logps(hidden, head.weight, batch.targets, head.bias,
+                                softcap=getattr(config, "final_logit_softcapping", None))  # (N,)
+
+    def _plain_token_logps(self, batch):
+        """--plain-rows: the model's own logits, whatever its head does to them.
+
+        The logits of the rows' responses exist here, (rows, T, V); their softmax in fp32 only for
+        one row at a time, and again in backward.
+        """
+        rows, width = batch.input_ids.shape
+        position = batch.predicted_from % width  # (N,), in its row
+        kept = width - int(position.min())  # no logits of what is prompt in all rows
+        lm_logits = self.causal_lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                                   use_cache=False, logits_to_keep=kept).logits
+        position = position - width  # from the right end, for some models keep all logits anyway
+        lengths = batch.response_index.bincount(minlength=rows).tolist()
+        pieces = zip(lm_logits.unbind(0), position.split(lengths), batch.targets.split(lengths))
+        return torch.cat([checkpoint(_row_logps, *piece, use_reentrant=False)
+                          for piece in pieces])  # (N,)
+
+
+def _row_logps(lm_logits, position, targets):
+    """(T, V), (n,), (n,) -> (n,)"""
+    return lm_logits[position].float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Tree attention
 # ----------------------------------------------------------------------------------------------
 
 
 class TreeLayout:
     """Where the trees of a packed line lie; travels through transformers' layers to the attention.
 
-    trees: a (prompt length, [response lengths]) for each, in order and without gaps.
-    use_flex: one FlexAttention call for the whole line, its BlockMask skipping what no token sees
-    (CUDA, compiled); otherwise one call a response.
+    trees: a (prompt length, [response lengths]) for each, in order and without gaps. calls: how
+    many layers have used it.
     """
 
-    def __init__(self, trees, use_flex=False):
-        self.trees, self.use_flex, self.block_masks = trees, use_flex, {}
+    def __init__(self, trees):
+        self.trees, self.calls = trees, 0
         self.segment_lengths = [n for p, responses in trees for n in (p, *responses)]
         self.longest = max(p + max(responses) for p, responses in trees)
-
-    def mask_function(self, window, device):
-        """(b, h, q, k) -> may token q see token k? FlexAttention's form; also the tests' oracle."""
-        tree, segment, position = [], [], []
-        for t, (p, responses) in enumerate(self.trees):
-            for s, n in enumerate((p, *responses)):  # segment 0 is the prompt
-                tree += [t] * n
-                segment += [s] * n
-                position += range(n) if s == 0 else range(p, p + n)
-        tree, segment, position = (
-            torch.tensor(x, device=device) for x in (tree, segment, position))  # (T,) each
-
-        def may_see(b, h, q, k):
-            same_branch = (segment[k] == 0) | (segment[k] == segment[q])
-            near = position[q] - position[k] < window
-            return (q >= k) & (tree[q] == tree[k]) & same_branch & near
-        return may_see
-
-    def block_mask(self, window, device):
-        if window not in self.block_masks:
-            tokens = sum(self.segment_lengths)
-            self.block_masks[window] = create_block_mask(
-                self.mask_function(window, device), None, None, tokens, tokens, device=device)
-        return self.block_masks[window]
 
 
 @torch.compiler.disable  # --compile: dynamo would compile anew for every micro-batch's layout
@@ -83,23 +156,15 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
                    sliding_window=None, softcap=None, s_aux=None, **kwargs):
     """transformers' attention interface: query (1, A, T, D), key and value (1, A_kv, T, D) ->
     ((1, T, A, D), None). Without a tree_layout it is transformers' own sdpa, so sampling and
-    `model.generate` work on the same model object. Dropout is off: DPO compares two passes."""
+    `model.generate` work on the same model object."""
+    if softcap is not None or s_aux is not None:  # sdpa would drop sinks without a word
+        raise ValueError("its attention scores are capped or have sinks, which only eager "
+                         "attention computes")
     if tree_layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
                                       sliding_window=sliding_window, **kwargs)
-    if softcap is not None or s_aux is not None:
-        raise ValueError("this architecture caps or sinks its attention scores, which the packed "
-                         "attention does not compute; use --plain-rows")
+    tree_layout.calls += 1
     window = sliding_window if sliding_window and sliding_window < tree_layout.longest else None
-    if tree_layout.use_flex:
-        mask = tree_layout.block_mask(window or tree_layout.longest, query.device)
-        # Autocast casts for sdpa, not for this; norms of queries and keys (Qwen3) leave them fp32.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        # TRITON: left to itself it takes a decoding kernel for short lines, which has no backward.
-        out = _compiled_flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True,
-                               kernel_options={"BACKEND": "TRITON"})
-        return out.transpose(1, 2).contiguous(), None  # (1, T, A, D)
-
     # split, not slices: the backward of each slice would allocate and add a whole (A, T, D) tensor.
     pieces = zip(*(x.split(tree_layout.segment_lengths, dim=2) for x in (query, key, value)))
     outputs = []
@@ -121,46 +186,225 @@ def _causal_window(length, window, device):
     return (distance >= 0) & (distance < window)  # (length, length)
 
 
-def _compiled_flex(_cache=[]):
-    if not _cache:  # compiled on first use: torch.compile at import would slow every command
-        _cache.append(torch.compile(flex_attention, dynamic=True))
-    return _cache[0]
-
-
 AttentionInterface.register("selm_tree", tree_attention)
 AttentionMaskInterface.register("selm_tree", sdpa_mask)
 
 # ----------------------------------------------------------------------------------------------
-# 2. The policy
+# 3. Is it right for this architecture?
+# ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def self_check(policy, make_batch, trees, max_length=0, packed=True):
+    """Compares our log-probs with the model's own logits under eager attention, one response at a
+    time. Returns the largest difference in nats; ValueError if it is more than rounding.
+
+    Some architectures ignore position_ids, mix tokens outside attention (Mamba), keep a window in
+    the mask that we never build, or scale their logits (Granite, Cohere); log-probs would then be
+    wrong without a sign. make_batch: data.pack, or data.pad for packed=False. trees: a few short
+    ones; one that outgrows every attention window is added, so a short row is also seen beside a
+    long one. Runs in the weights' dtype, without autocast, before sharding.
+    """
+    model, prompt = policy.causal_lm, trees[0].prompt_ids
+    attention, autocast_dtype = model.config._attn_implementation, policy.autocast_dtype
+    advice = "use --plain-rows" if packed else "this architecture is not supported"
+    length = min(probe_length(model.config, max_length), max_length - len(trees[0].responses[0]))
+    if length > len(prompt):
+        trees = [*trees, replace(trees[0], prompt_ids=(prompt * length)[:length])]
+    rows = [(tree.prompt_ids, response) for tree in trees for response in tree.responses]
+    try:
+        policy.autocast_dtype = None
+        logps = policy(make_batch(trees).to(model.device))  # (R,)
+        model.set_attn_implementation("eager")  # knows every architecture's caps, sinks and windows
+        expected = torch.stack([_alone(model, *row) for row in rows])
+    except Exception as reason:  # whatever a library may raise
+        raise ValueError(f"{type(model).__name__} cannot run our forward pass "
+                         f"({first_line(reason)}); {advice}") from None
+    finally:
+        policy.autocast_dtype = autocast_dtype
+        model.set_attn_implementation(attention)
+    error = (logps - expected).abs().max().item()
+    tolerance = (1e-4 if model.dtype == torch.float32 else 0.05) * max(len(y) for _, y in rows)
+    if not error <= tolerance:  # also catches NaN
+        raise ValueError(f"{type(model).__name__}: our log-probs and the model's differ by "
+                         f"{error:.2g} nats (at most {tolerance:.2g} is rounding); {advice}")
+    return error
+
+
+def _alone(model, prompt_ids, response):
+    """log pi(y|x), a scalar, by one forward pass of the unmodified model over one row."""
+    ids, n = torch.tensor([prompt_ids + response], device=model.device), len(response)
+    lm_logits = model(ids, use_cache=False).logits[0, -n - 1:-1].float()  # (n, V)
+    return lm_logits.log_softmax(-1).gather(1, ids[0, -n:, None]).sum()
+
+
+def probe_length(config, max_length):
+    """Tokens of a row that outgrows every attention window which a row of max_length can outgrow.
+
+    Windows have many names (sliding_window, window_size, attention_chunk_size); a number that is
+    taken for one by mistake only makes the row longer than it need be.
+    """
+    windows = [value for name, value in config.get_text_config().to_dict().items()
+               if ("window" in name or "chunk" in name) and isinstance(value, int)]
+    return min(16 + max((w for w in windows if w < max_length), default=0), max_length)
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Loading: refuse what would train something else, and never run code of a model folder
 # ----------------------------------------------------------------------------------------------
 
 
 def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
     """A causal LM from a hub id, a folder or a .gguf file, in eval mode. ValueError if it fails.
 
-    attention: "eager" for --plain-rows (transformers' slowest and most faithful: it alone knows
-    every architecture's capped scores and sinks).
+    attention: "eager" for --plain-rows. An architecture with attention of its own keeps that.
     """
-    path = str(path)
-    gguf = {"gguf_file": os.path.basename(path)} if path.endswith(".gguf") else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            os.path.dirname(path) or "." if gguf else path, dtype=dtype,
-            attn_implementation=attention, **gguf)
+        name, options = _source(path)
+        # ignore_mismatched_sizes: to name the tensors, where transformers only says that some are.
+        model, info = _auto_class(name, options).from_pretrained(
+            name, **options, dtype=dtype, attn_implementation="eager", use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True)
+        _check_weights(model, info)
     except Exception as error:
         raise ValueError(f"--model {path}: could not be loaded as a causal language model "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
-    if gguf:  # transformers would refuse to save what it takes for a quantised model
+                         f"({type(error).__name__}: {first_line(error)})") from None
+    model.set_attn_implementation(attention)
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # a loss for training from scratch; breaks on our masks
+    if "gguf_file" in options:  # else transformers refuses to save what was quantised once
         model.is_quantized, model.hf_quantizer = False, None
         for name in ("quantization_config", "_pre_quantization_dtype"):
-            if hasattr(model.config, name):
-                delattr(model.config, name)
+            vars(model.config).pop(name, None)
     if not model.generation_config.do_sample:
         # Many hub models say "greedy, temperature 0.6"; save_pretrained would refuse that, but only
         # after the training.
         for name in ("temperature", "top_p", "top_k"):
             setattr(model.generation_config, name, None)
     return model.to(device).eval()
+
+
+def load_config(path):
+    """The configuration of the text model that load_model would load. Errors: ValueError."""
+    try:
+        name, options = _source(path)
+        return AutoConfig.from_pretrained(name, **options).get_text_config()
+    except Exception as error:
+        raise ValueError(f"--model {path}: no model configuration could be loaded "
+                         f"({type(error).__name__}: {first_line(error)})") from None
+
+
+def model_stop_ids(model):
+    """The ids that end a text by the model's own configurations, a set. model: a loaded one, or
+    what --model names."""
+    if isinstance(model, PreTrainedModel):
+        configs = [model.config.get_text_config(), model.generation_config]
+    else:
+        configs = [load_config(model)]
+        with suppress(OSError):  # an optional file
+            configs.append(GenerationConfig.from_pretrained(str(model)))
+    named = [getattr(config, "eos_token_id", None) for config in configs]
+    return {i for ids in named for i in (ids if isinstance(ids, list) else [ids])} - {None}
+
+
+def _source(path):
+    """(name, options) for from_pretrained. No code of a model folder is ever run. A pickle would,
+    and without trust_remote_code=False transformers asks, and takes a "y" on stdin for a yes."""
+    folder, options = Path(path), {"trust_remote_code": False}
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError("a LoRA adapter; merge it first: peft.AutoPeftModelForCausalLM"
+                         ".from_pretrained(THIS).merge_and_unload().save_pretrained(FOLDER)")
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise ValueError("its weights are a pickle (.bin), which is not read; convert one that you "
+                         "trust: AutoModelForCausalLM.from_pretrained(THIS, use_safetensors=False)"
+                         ".save_pretrained(FOLDER)")
+    if str(path).endswith(".gguf"):
+        return str(folder.parent), {"gguf_file": folder.name, **options}
+    return str(path), options
+
+
+def _auto_class(name, options):
+    """LLaVA and Qwen2-VL have no causal class of their own; their text model is trained."""
+    known = "gguf_file" in options or (
+        type(AutoConfig.from_pretrained(name, **options)) in MODEL_FOR_CAUSAL_LM_MAPPING)
+    return AutoModelForCausalLM if known else AutoModelForImageTextToText
+
+
+def _check_weights(model, info):
+    """ValueError where weights do not fit their config: transformers would fill what is missing
+    with random numbers and leave out layers that it does not expect, and only warn."""
+    def kind(name):
+        return re.sub(r"\d+", "#", name)
+
+    known = {kind(name) for name in model.state_dict()}
+    for fault, names in (
+            ("missing", info["missing_keys"]),
+            ("of another shape", {name for name, *_ in info["mismatched_keys"]}),
+            # Other surplus (a value head) takes nothing from the model.
+            ("too many", {name for name in info["unexpected_keys"] if kind(name) in known})):
+        if names:
+            raise ValueError(f"its weights do not fit its config.json: {len(names)} {fault}, "
+                             f"{min(names)} the first")
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. Saving, and small change
+# ----------------------------------------------------------------------------------------------
+
+
+def save_policy(policy, tokenizer, folder, stop_ids=()):
+    """Writes a plain Hugging Face folder (LoRA merged in); it appears whole or not at all.
+
+    stop_ids: what ends a response in our sampler, for plain `model.generate` to end it there too;
+    none: what the model itself names. A sharded policy must be saved by all processes together;
+    the first one writes. FloatingPointError, OSError: on all of them, and the old folder stays.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    sharded = any(hasattr(p, "full_tensor") for p in policy.parameters())  # DTensors
+    model = (policy.model.merge_and_unload() if hasattr(policy.model, "merge_and_unload")
+             else policy.model)
+    if stop_ids:
+        ids = sorted(stop_ids)
+        model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
+    state, failure = None, [None]
+    if sharded:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+    if not sharded or torch.distributed.get_rank() == 0:
+        failure = [_write_policy(model, state or model.state_dict(), tokenizer, Path(folder))]
+    if sharded:
+        torch.distributed.broadcast_object_list(failure)
+    if failure[0]:
+        raise failure[0]
+
+
+def _write_policy(model, state, tokenizer, folder):
+    """Returns the error that stopped it, or None."""
+    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    if bad:
+        return FloatingPointError(f"{len(bad)} weight tensors are not finite after training, "
+                                  f"{bad[0]} the first; nothing was saved; lower --lr")
+    temporary = Path(f"{folder}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary, state_dict=state)
+        tokenizer.save_pretrained(temporary)
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except Exception as error:  # safetensors has a class of its own for a full disk
+        return OSError(f"{folder} could not be saved ({first_line(error)}); what was there stays. "
+                       "Free some space and run the same command again")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # half a policy may be what fills the disk
+
+
+def first_line(error):
+    """What a library's page-long error says first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def keep_freed_memory():
@@ -175,167 +419,3 @@ def keep_freed_memory():
         return
     mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
-
-
-def load_config(path):
-    """The configuration of what load_model would load, without its weights."""
-    path = str(path)
-    gguf = {"gguf_file": os.path.basename(path)} if path.endswith(".gguf") else {}
-    try:
-        config = AutoConfig.from_pretrained(os.path.dirname(path) or "." if gguf else path, **gguf)
-        return config.get_text_config()
-    except Exception as error:
-        raise ValueError(f"--model {path}: no model configuration could be loaded "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
-
-
-class Policy(nn.Module):
-    """A causal LM seen as pi(y|x): micro-batch in, one log-prob a response out.
-
-    autocast_dtype: bf16 compute over fp32 master weights, or None. checkpointing: recompute each
-    layer in backward (less memory for one more forward pass). compile: a torch.compile backend
-    ("inductor") for each layer, or None.
-    """
-
-    def __init__(self, model, checkpointing=False, autocast_dtype=None, compile=None):
-        super().__init__()
-        self.model = model
-        self.autocast_dtype, self.use_flex = autocast_dtype, False
-        for module in self.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # training mode below must not bring dropout back
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
-        if checkpointing:
-            self.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
-            self.causal_lm.enable_input_require_grads()  # LoRA freezes what the first layer reads
-            self.model.train()  # transformers checkpoints in training mode only
-        if compile:
-            for layer in self.layers:
-                # Dynamo cannot leave a graph inside a checkpoint, as tree_attention makes it do: of
-                # a checkpointed layer it would compile nothing.
-                for part in layer.children() if checkpointing else [layer]:
-                    part.compile(backend=compile, dynamic=True)
-
-    @property
-    def causal_lm(self):
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
-    @property
-    def backbone(self):
-        return getattr(self.causal_lm, self.causal_lm.base_model_prefix)
-
-    @property
-    def layers(self):
-        return self.backbone.layers
-
-    def forward(self, batch):
-        """MicroBatch -> log pi(y|x) of each response, (R,) fp32, in nats."""
-        device = batch.input_ids.device
-        autocast = (torch.autocast(device.type, self.autocast_dtype) if self.autocast_dtype
-                    else nullcontext())
-        if batch.layout is None:
-            attention = {"attention_mask": batch.attention_mask}
-        else:
-            # A 4-D mask is passed through as it is: transformers builds none of its own, and
-            # tree_attention never reads this one.
-            attention = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-                         "tree_layout": TreeLayout(batch.layout, self.use_flex)}
-        with autocast:
-            hidden = self.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids,
-                                   use_cache=False, **attention).last_hidden_state
-            hidden = hidden.flatten(0, 1)[batch.predicted_from]  # (N, H), response tokens only
-            head = self.causal_lm.get_output_embeddings()
-            token_logps = selm.token_logps(
-                hidden, head.weight, batch.targets, head.bias,
-                softcap=getattr(self.causal_lm.config, "final_logit_softcapping", None))  # (N,)
-        return selm.response_logps(token_logps, batch.response_index, batch.responses)  # (R,)
-
-
-@torch.no_grad()
-def self_check(policy, make_batch, trees, packed=True):
-    """Compares our log-probs with the model's own logits, one response at a time.
-
-    Some architectures ignore position_ids, mix tokens outside attention (Mamba) or scale their
-    logits (Granite, Cohere); log-probs would then be wrong without a sign. ValueError says so.
-    make_batch: data.pack, or data.pad for packed=False. `trees`: a few short ones. Runs in the
-    weights' dtype, without autocast, before sharding.
-    """
-    advice = "use --plain-rows" if packed else "its head is not supported; see Policy.forward"
-    autocast_dtype, policy.autocast_dtype = policy.autocast_dtype, None
-    device = next(policy.parameters()).device
-    expected = []
-    for tree in trees:
-        for response in tree.responses:
-            n = len(response)
-            ids = torch.tensor([tree.prompt_ids + response], device=device)
-            lm_logits = policy.causal_lm(ids, use_cache=False).logits[0, -n - 1:-1].float()
-            expected.append(lm_logits.log_softmax(-1).gather(1, ids[0, -n:, None]).sum())
-    expected = torch.stack(expected)
-    try:
-        got = policy(make_batch(trees).to(device))
-        error = (got - expected).abs().max().item()
-    except (ValueError, TypeError, AttributeError, RuntimeError) as reason:
-        raise ValueError(f"{type(policy.causal_lm).__name__} cannot run our forward pass "
-                         f"({str(reason).splitlines()[0]}); {advice}") from None
-    finally:
-        policy.autocast_dtype = autocast_dtype
-    longest = max(len(response) for tree in trees for response in tree.responses)
-    tolerance = longest * (1e-4 if next(policy.parameters()).dtype == torch.float32 else 0.05)
-    if not error <= tolerance:  # also catches NaN
-        raise ValueError(f"{type(policy.causal_lm).__name__}: our log-probs and the model's differ "
-                         f"by {error:.2g} nats (at most {tolerance:.2g} is rounding); {advice}")
-    return error
-
-
-def flex_check(policy, batch):
-    """Compares FlexAttention with one call a response, under autocast, forward and backward.
-
-    The step-0 check could not see a wrong kernel: policy and reference would share it. batch: a
-    packed line of a few hundred tokens, more than one block of the mask. ValueError if they differ.
-    """
-    weight, results = next(policy.layers.parameters()), []
-    for policy.use_flex in (False, True):
-        try:
-            logps = policy(batch)
-            gradient, = torch.autograd.grad(logps.sum(), weight)  # through every attention call
-        except Exception as reason:  # whatever a compiler may raise
-            raise ValueError(str(reason).splitlines()[0]) from None
-        results.append((logps.detach(), gradient.float()))
-    exact = weight.dtype == torch.float32 and policy.autocast_dtype is None
-    errors = [((flex - plain).norm() / plain.norm()).item() for plain, flex in zip(*results)]
-    if not (errors[0] < (1e-3 if exact else 0.02) and errors[1] < (1e-2 if exact else 0.2)):
-        raise ValueError("its log-probs and gradient differ from plain attention's by "
-                         f"{errors[0]:.1%} and {errors[1]:.1%}")
-
-
-# ----------------------------------------------------------------------------------------------
-# 3. Saving
-# ----------------------------------------------------------------------------------------------
-
-
-def save_policy(policy, tokenizer, folder):
-    """Writes a plain Hugging Face folder (LoRA merged in); it appears whole or not at all.
-
-    A sharded policy must be saved by all processes together; rank 0 writes.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    folder, temporary = Path(folder), Path(f"{folder}.tmp")
-    distributed = any(hasattr(p, "full_tensor") for p in policy.parameters())  # DTensors
-    model = (policy.model.merge_and_unload() if hasattr(policy.model, "merge_and_unload")
-             else policy.model)
-    state = None
-    if distributed:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options)
-    if not distributed or torch.distributed.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, state_dict=state)
-        tokenizer.save_pretrained(temporary)
-        for file in filter(Path.is_file, temporary.rglob("*")):
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    if distributed:
-        torch.distributed.barrier()

@@ -25,20 +25,18 @@ A sample depends on its prompt and its seed alone, not on the slots, the other p
 of processes: each prompt has its own stream of uniform numbers, one for each token. (But another
 number of rows may sum a matrix product in another order, and rounding can tip a near tie.)
 
-Leaves chat templates to data.py, loading to model.py, ranking and training log-probs to others.
+Leaves chat templates to data.py, loading to model.py, and to harness/samplers.py the question of
+whether slots are right for an architecture (a few need another attention, some another sampler).
 Run:  python sample.py --model runs/toy/iter_3/policy --prompt "describe the fox"
 Test: pytest tests/test_sample.py.    Read next: rank.py.
 
 Legend: B prompts, n live slots, T tokens, V vocabulary, A heads, D size of one head.
 """
 
-import argparse
-import json
+import math
 import random
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -112,6 +110,7 @@ class Slot:
     index: int  # of the prompt
     last: int
     position: int  # where `last` belongs
+    limit: int  # of tokens in the response
     uniforms: random.Random
     response: list = field(default_factory=list)
 
@@ -155,6 +154,9 @@ def step_mask(config, positions, length, dtype):
 
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
+    if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise ValueError("slots need layers whose attention takes a mask, not "
+                         f"{', '.join(unknown)}; harness.samplers.choose_sampler finds another way")
     if not kinds:  # Llama has no window; Mistral and Phi-3 have one for all layers, or None
         return mask(window)
     masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
@@ -195,36 +197,85 @@ def packed_linears(model):
 # ----------------------------------------------------------------------------------------------
 
 
-def check(model, prompt_ids, max_new_tokens, slots, temperature, top_p):
-    """ValueError, one line, for what could only fail or go wrong silently later."""
-    config = model.config
-    if slots < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"need slots >= 1, max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1; "
-                         f"got {slots}, {max_new_tokens}, {temperature}, {top_p}")
-    for i, ids in enumerate(prompt_ids):
+@torch.no_grad()  # inference_mode would taint buffers that a model replaces while it runs
+def generate(model, prompt_ids, *, stop_ids, max_new_tokens, slots=16, temperature=0.0, top_p=1.0,
+             seeds=None, progress=True):
+    """B lists of prompt ids -> B lists of sampled ids, in the order of the prompts.
+
+    A response ends with the first of `stop_ids` (kept), or without one at max_new_tokens (an int,
+    or B of them). temperature 0 is greedy: the tokens of model.generate(do_sample=False). seeds: B
+    ints >= 0, each fixing all random numbers of its prompt; None draws them from torch's global
+    generator. ValueError for an empty prompt, or one that does not fit the context with its limit.
+    """
+    if not prompt_ids:
+        return []
+    waiting = make_slots(model.config, prompt_ids, max_new_tokens, seeds)
+    check_settings(slots, temperature, top_p)
+    slots, longest = min(slots, len(waiting)), max(slot.limit for slot in waiting)
+    # When to refill? A prefill has the fixed cost of about one step, however few prompts are in it;
+    # a waiting slot wastes 1/slots of each step. When slots / L of them end in a step (L: length of
+    # a response), waiting until k are free costs least at k = slots * sqrt(2 / L): 1 or 2 of 16.
+    refill_at = max(1, min(slots, round(slots * (2 / longest) ** 0.5)))
+    cache = SlotCache(slots, max(slot.position + 1 + slot.limit for slot in waiting))
+    live, responses, was_training = [], [None] * len(prompt_ids), model.training
+    model.eval()
+    try:
+        with packed_linears(model), tqdm(total=len(prompt_ids), desc="sample", unit="response",
+                                         leave=False, disable=not progress) as bar:
+            while waiting or live:
+                free = min(slots - len(live), len(waiting))
+                if free >= min(refill_at, len(waiting)) > 0:
+                    taken = [waiting.pop() for _ in range(free)]
+                    prefill(model, cache, [prompt_ids[slot.index] for slot in taken], len(live))
+                    live += taken
+                lm_logits = step(model, cache, live)  # (n, V)
+                uniforms = [slot.uniforms.random() for slot in live] if temperature else None
+                tokens = pick_tokens(lm_logits, uniforms, temperature, top_p).tolist()
+                for slot in advance(live, cache, tokens, stop_ids):
+                    responses[slot.index] = slot.response
+                    bar.update()
+    finally:
+        model.train(was_training)
+    return responses
+
+
+def make_slots(config, prompt_ids, max_new_tokens, seeds):
+    """A Slot for each prompt, the longest prompt last."""
+    count, context = len(prompt_ids), context_length(config)
+    limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
+    seeds = torch.randint(2**62, (count,)).tolist() if seeds is None else seeds
+    slots = []
+    for i, (ids, limit, seed) in enumerate(zip(prompt_ids, limits, seeds, strict=True)):
         if len(ids) == 0:
             raise ValueError(f"prompt {i} has no tokens; there is nothing to predict from")
-    longest, limit = max(map(len, prompt_ids)), context_length(config)
-    if longest + max_new_tokens > limit:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the "
-                         f"model's context of {limit}; shorten the prompt or the response")
-    kinds = set(getattr(config, "layer_types", None) or ())
-    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
-    if unknown or "flash" in config._attn_implementation:
-        raise ValueError(f"the slot sampler needs layers whose attention takes a mask, not "
-                         f"{', '.join(unknown) or config._attn_implementation}; load the model "
-                         f"with attn_implementation='sdpa', or use one of plain attention")
+        if limit < 1:
+            raise ValueError(f"need max_new_tokens >= 1; got {limit}")
+        if len(ids) + limit > context:
+            raise ValueError(f"a prompt of {len(ids)} tokens and {limit} new ones exceed the "
+                             f"model's context of {context}; shorten the prompt or the response")
+        slots.append(Slot(i, ids[-1], len(ids) - 1, limit, random.Random(seed)))
+    return sorted(slots, key=lambda slot: slot.position)
+
+
+def check_settings(slots, temperature, top_p):
+    if slots < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:  # nan fails as well
+        raise ValueError(f"need slots >= 1, temperature >= 0, 0 < top_p <= 1; got {slots}, "
+                         f"{temperature}, {top_p}")
 
 
 def context_length(config):
-    """Most tokens of prompt + response. Some rotary embeddings (dynamic, longrope) rescale ALL rows
-    once ONE is long; they count up to there, for no sample may depend on its neighbours."""
+    """Most tokens of prompt + response; infinite where the model names no limit (BLOOM). Some
+    rotary embeddings (dynamic, longrope) rescale ALL rows once ONE is long; they count up to there,
+    for no sample may depend on its neighbours."""
+    config = config.get_text_config()
+    lengths = [getattr(config, name, None) for name in (
+        "max_position_embeddings", "max_seq_len", "context_length")]
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        short = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None)
-        return min(short or config.max_position_embeddings, config.max_position_embeddings)
-    return config.max_position_embeddings
+    for rope in (rope, *(kind for kind in rope.values() if isinstance(kind, dict))):
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            lengths += [rope.get("original_max_position_embeddings"),
+                        getattr(config, "original_max_position_embeddings", None)]
+    return min((n for n in lengths if n and n > 0), default=math.inf)
 
 
 def prefill(model, cache, prompts, first):
@@ -245,28 +296,26 @@ def prefill(model, cache, prompts, first):
           logits_to_keep=1)
 
 
-def step(model, cache, live, temperature, top_p):
-    """Feeds the last token of each live slot; returns the next token of each, a list of n ints."""
+def step(model, cache, live):
+    """Feeds the last token of each live slot; returns the logits of the next ones, (n, V)."""
     last, positions = torch.tensor([[s.last for s in live], [s.position for s in live]],
                                    device=model.device)  # (n,) each
     length = max(s.position for s in live) + 1
     cache.aim(0, positions[:, None], length, prefill=False)
-    lm_logits = model(
+    return model(
         input_ids=last[:, None], position_ids=positions[:, None], past_key_values=cache,
-        attention_mask=step_mask(model.config, positions, length, model.dtype),
-        use_cache=True, logits_to_keep=1).logits[:, -1]  # (n, V)
-    uniforms = [s.uniforms.random() for s in live] if temperature else None
-    return pick_tokens(lm_logits, uniforms, temperature, top_p).tolist()
+        attention_mask=step_mask(model.config.get_text_config(), positions, length, model.dtype),
+        use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
-def advance(live, cache, tokens, stop_ids, max_new_tokens):
+def advance(live, cache, tokens, stop_ids):
     """Appends each slot's token; takes the slots that end out of `live` and returns them."""
     ended = []
     for row in reversed(range(len(live))):  # from behind: a row that moves has had its turn
         slot = live[row]
         slot.response.append(tokens[row])
         slot.last, slot.position = tokens[row], slot.position + 1
-        if tokens[row] in stop_ids or len(slot.response) == max_new_tokens:
+        if tokens[row] in stop_ids or len(slot.response) == slot.limit:
             ended.append(slot)
             if row < len(live) - 1:
                 live[row] = live[-1]
@@ -275,171 +324,6 @@ def advance(live, cache, tokens, stop_ids, max_new_tokens):
     return ended
 
 
-@torch.no_grad()  # inference_mode would taint buffers that a model replaces while it runs
-def generate(model, prompt_ids, *, stop_ids, max_new_tokens, slots=16, temperature=0.0, top_p=1.0,
-             seeds=None, progress=True):
-    """B lists of prompt ids -> B lists of sampled ids, in the order of the prompts.
-
-    A response ends with the first of `stop_ids` (kept), or without one at max_new_tokens.
-    temperature 0 is greedy: the tokens of model.generate(do_sample=False). seeds: B ints >= 0, each
-    fixing all random numbers of its prompt; None draws them from torch's global generator.
-    ValueError for an empty prompt, or one that does not fit the context with its response.
-    """
-    if not prompt_ids:
-        return []
-    check(model, prompt_ids, max_new_tokens, slots, temperature, top_p)
-    seeds = torch.randint(2**62, (len(prompt_ids),)).tolist() if seeds is None else seeds
-    assert len(seeds) == len(prompt_ids), "one seed a prompt"
-    slots = min(slots, len(prompt_ids))
-    # When to refill? A prefill has the fixed cost of about one step, however few prompts are in it;
-    # a waiting slot wastes 1/slots of each step. When slots / L of them end in a step (L: length of
-    # a response), waiting until k are free costs least at k = slots * sqrt(2 / L): 1 or 2 of 16.
-    refill_at = max(1, min(slots, round(slots * (2 / max_new_tokens) ** 0.5)))
-    cache = SlotCache(slots, max(map(len, prompt_ids)) + max_new_tokens)
-    waiting = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))  # longest last
-    live, responses, was_training = [], [None] * len(prompt_ids), model.training
-    model.eval()
-    try:
-        with packed_linears(model), tqdm(total=len(prompt_ids), desc="sample", unit="response",
-                                         disable=not progress) as bar:
-            while waiting or live:
-                free = min(slots - len(live), len(waiting))
-                if free >= min(refill_at, len(waiting)) > 0:
-                    chosen = [waiting.pop() for _ in range(free)]
-                    prefill(model, cache, [prompt_ids[i] for i in chosen], first=len(live))
-                    live += [Slot(i, prompt_ids[i][-1], len(prompt_ids[i]) - 1,
-                                  random.Random(seeds[i])) for i in chosen]
-                tokens = step(model, cache, live, temperature, top_p)
-                for slot in advance(live, cache, tokens, stop_ids, max_new_tokens):
-                    responses[slot.index] = slot.response
-                    bar.update()
-    finally:
-        model.train(was_training)
-    return responses
-
-
-# ----------------------------------------------------------------------------------------------
-# 4. The command line: a prompt, a chat, or a file in AlpacaEval's format
-# ----------------------------------------------------------------------------------------------
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Sample from a policy: one prompt, a chat, or AlpacaEval's model outputs.",
-        epilog='python sample.py --model runs/toy/iter_3/policy --prompt "describe the fox"')
-    add = parser.add_argument
-    add("--model", required=True, help="hub id, folder (a run's iter_K/policy) or .gguf file")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="answer this once")
-    what.add_argument("--interactive", action="store_true", help="chat with history; Ctrl-D ends")
-    what.add_argument("--alpaca-eval", metavar="FILE",
-                      help="JSON list of objects with 'instruction' [and 'dataset']")
-    add("--output", metavar="FILE", help="of --alpaca-eval: instruction, output, generator")
-    add("--generator", help="name of the model in --output (default: the model folder's name)")
-    add("--max-new-tokens", type=int, help="cut responses here (default: what the context has room "
-                                           "for, at most 512)")
-    add("--temperature", type=float, default=0.0, help="0 (default) is greedy, 1 the model itself")
-    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
-    add("--slots", type=int, default=16, help="prompts in work at a time; memory grows with it")
-    add("--seed", type=int, default=0, help="same seed, same samples, whatever --slots is")
-    add("--chat-template", metavar="FILE", help="Jinja file, for a tokenizer that has no template")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="default: bfloat16 on a GPU, float32 on the CPU")
-    args = parser.parse_args(argv)
-    if bool(args.alpaca_eval) != bool(args.output):
-        parser.error("--alpaca-eval and --output go together")
-    if args.seed < 0:
-        parser.error("--seed must be 0 or more")
-    return args
-
-
-def read_instructions(path, output):
-    """AlpacaEval's list of objects. ValueError that names the entry which is wrong."""
-    if not Path(output).absolute().parent.is_dir():
-        raise ValueError(f"--output {output}: there is no such folder")
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--alpaca-eval {path}: cannot be read as JSON ({error})") from None
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"--alpaca-eval {path}: expected a list of objects, one or more")
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
-            raise ValueError(f"--alpaca-eval {path}: entry {i} has no string 'instruction'")
-    return rows
-
-
-def load_answerer(args):
-    """Returns a function from message lists to texts."""
-    import data  # only the command line needs them: the sampler itself takes ids and a model
-    import model as policies
-
-    tokenizer = data.load_tokenizer(args.model, args.chat_template)
-    chat = data.ChatFormat(tokenizer)
-    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    model = policies.load_model(args.model, getattr(torch, dtype), args.device)
-    stop_ids = chat.stop_ids
-
-    def answer(conversations, progress=False):
-        prompt_ids = [chat.prompt_ids(messages) for messages in conversations]
-        limit = args.max_new_tokens
-        if limit is None:
-            limit = max(1, min(512, context_length(model.config) - max(map(len, prompt_ids))))
-        responses = generate(
-            model, prompt_ids, stop_ids=stop_ids, max_new_tokens=limit, slots=args.slots,
-            temperature=args.temperature, top_p=args.top_p, progress=progress,
-            seeds=[args.seed * 1_000_003 + i for i in range(len(prompt_ids))])
-        cut = sum(ids[-1] not in stop_ids for ids in responses)
-        if cut:
-            print(f"note: {cut} of {len(responses)} cut at {limit} tokens", file=sys.stderr)
-        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-    return answer
-
-
-def interact(answer):
-    history = []
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            print()
-            return 0
-        history.append({"role": "user", "content": text})
-        reply = answer([history])[0]
-        history.append({"role": "assistant", "content": reply})
-        print(reply)
-
-
-def write_alpaca(args, rows, outputs):
-    from harness.rundir import write_text  # the file appears whole or not at all
-
-    name = args.generator or Path(args.model).resolve().name
-    write_text(args.output, json.dumps([
-        {**{key: row[key] for key in ("dataset", "instruction") if key in row},
-         "output": output, "generator": name} for row, output in zip(rows, outputs)],
-        ensure_ascii=False, indent=2))
-    print(f"wrote {len(rows)} outputs to {args.output}")
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    try:
-        rows = read_instructions(args.alpaca_eval, args.output) if args.alpaca_eval else []
-        texts = [row["instruction"] for row in rows] or [args.prompt]
-        answer = load_answerer(args)
-        if args.interactive:
-            return interact(answer)
-        outputs = answer([[{"role": "user", "content": text}] for text in texts], bool(rows))
-        if rows:
-            write_alpaca(args, rows, outputs)
-        else:
-            print(outputs[0])
-    except (ValueError, OSError, RuntimeError) as error:
-        print("error:", (str(error) or repr(error)).splitlines()[0], file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from harness.chat import main  # the command line: a prompt, a chat, AlpacaEval's outputs
+    raise SystemExit(main())

@@ -1,16 +1,18 @@
-"""The slot sampler against transformers' own `generate`, and its command line."""
+"""The slot sampler against transformers' own `generate`."""
 
 import copy
-import io
-import json
 import math
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import model as policies  # noqa: F401  registers the attention that conftest's models ask for
 import sample
-from conftest import ARCHITECTURES, VOCABULARY, make_model, make_tokenizer
+from conftest import ARCHITECTURES, VOCABULARY, make_model
+from harness import samplers
 
 STOP = set(range(2, VOCABULARY, 8))  # so many that a random model meets one now and then
 
@@ -144,6 +146,19 @@ def test_bfloat16_models_sample_their_own_likeliest_tokens():
             assert ((lm_logits.amax(1) - picked) / lm_logits.std(1)).max() < 0.1
 
 
+def test_every_prompt_has_a_limit_of_its_own():
+    """The shortest limit, or the longest, for all; a cache made for the longest prompt with the
+    longest limit only, where two others may be longer together."""
+    model, prompts = make_model(), make_prompts((5, 30, 12, 3))
+    limits = [24, 2, 5, 30]
+    expected = [plain_generate(model, [ids], n)[0] for ids, n in zip(prompts, limits)]
+    assert [len(response) for response in expected] == [24, 2, 5, 9], "three at their limit"
+    assert ours(model, prompts, max_new_tokens=limits) == expected
+    with pytest.raises(ValueError, match="230 tokens and 27 new ones"):
+        ours(model, [[5], [5] * 230], max_new_tokens=[24, 27])
+    assert len(ours(model, [[5], [5] * 230], max_new_tokens=[200, 26])) == 2
+
+
 def test_edges_no_prompts_one_token_and_one_new_token():
     """Empty tensors in prefill (a prompt of one token has nothing to prefill)."""
     model, prompts = make_model(), make_prompts((1, 1, 4))
@@ -154,7 +169,10 @@ def test_edges_no_prompts_one_token_and_one_new_token():
 @pytest.mark.parametrize("change, message", [
     (dict(prompt_ids=[[5], []]), "prompt 1 has no tokens"),
     (dict(prompt_ids=[[5] * 240]), "240 tokens and 24 new ones exceed the model's context of 256"),
-    (dict(slots=0), "slots >= 1"), (dict(top_p=0.0), "0 < top_p"), (dict(temperature=-1), ">= 0")])
+    (dict(max_new_tokens=[24, 0], prompt_ids=[[5], [5]]), "max_new_tokens >= 1"),
+    (dict(slots=0), "slots >= 1"), (dict(top_p=0.0), "0 < top_p"), (dict(temperature=-1), ">= 0"),
+    (dict(top_p=math.nan), "0 < top_p"), (dict(temperature=math.nan), ">= 0"),
+    (dict(temperature=math.inf), ">= 0")])
 def test_bad_input_is_one_clear_line(change, message):
     """An IndexError deep in the model, or rotary positions beyond what the model was trained on."""
     with pytest.raises(ValueError, match=message) as caught:
@@ -170,76 +188,81 @@ def test_architectures_without_masked_attention_are_refused():
         ours(model, [[5]])
 
 
+def test_the_context_is_the_shortest_that_the_configuration_names():
+    """BLOOM names none: an AttributeError. Dynamic and longrope embeddings turn for ALL rows once
+    ONE is long, also where each kind of layer has an embedding of its own."""
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    for settings, expected in [
+            (dict(max_position_embeddings=256), 256), (dict(), math.inf),
+            (dict(max_seq_len=100), 100), (dict(max_position_embeddings=-1), math.inf),
+            (dict(max_position_embeddings=256, rope_parameters=rope), 64),
+            (dict(max_position_embeddings=256, rope_parameters={"sliding_attention": {
+                "rope_type": "default"}, "full_attention": rope}), 64),
+            (dict(max_position_embeddings=256, rope_parameters={"rope_type": "dynamic"}), 256)]:
+        config = PretrainedConfig()
+        vars(config).update(settings)
+        assert sample.context_length(config) == expected
+
+
 # ----------------------------------------------------------------------------------------------
-# The command line
+# harness/samplers.py (many architectures: test_architectures.py)
 # ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs") / "tiny-policy"
-    model = make_model()
-    model.set_attn_implementation("sdpa")
-    model.save_pretrained(path)
-    make_tokenizer("chatml").save_pretrained(path)
-    return path
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_one_by_one_gives_the_samples_of_slots(top_p):
+    """Other random numbers, or the model's own repetition penalty, for models that do not fit."""
+    model, prompts, seeds = make_model(), make_prompts(), [7 * i for i in range(9)]
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.max_length = 9
+    for kwargs in (dict(), dict(temperature=1.5, top_p=top_p, seeds=seeds),
+                   dict(max_new_tokens=[3, 24, 8] * 3)):
+        kwargs = dict(stop_ids=STOP, max_new_tokens=24, slots=3, progress=False) | kwargs
+        assert samplers.generate_one_by_one(model, prompts, **kwargs) == sample.generate(
+            model, prompts, **kwargs)
+    assert model.generation_config.repetition_penalty == 5.0
 
 
-def test_the_prompt_command_prints_one_answer(folder, capsys):
-    """Decoding the prompt with the answer, or special tokens in it; a default that does not fit."""
-    assert sample.main(["--model", str(folder), "--prompt", "hello there"]) == 0
-    first = capsys.readouterr().out
-    assert first.strip() and "<|im_" not in first and "hello there" not in first
-    assert sample.main(["--model", str(folder), "--prompt", "hello there", "--slots", "3"]) == 0
-    assert capsys.readouterr().out == first
+@pytest.mark.parametrize("fault", ["position", "mask", "neighbour"])
+def test_slots_that_are_wrong_for_a_model_are_not_used(monkeypatch, fault):
+    """Other tokens, without a sign. The faults are ours here, and architectures' in real life."""
+    model, notes = make_model(scale=3.0), []
+    assert samplers.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.generate
+    if fault == "position":
+        forward = model.forward
+        monkeypatch.setattr(model, "forward", lambda *args, position_ids=None, **kwargs: forward(
+            *args, position_ids=position_ids if position_ids is None else position_ids + (
+                position_ids.shape[1] == 1) * torch.arange(len(position_ids))[:, None], **kwargs))
+    elif fault == "mask":
+        monkeypatch.setattr(sample, "step_mask", lambda *args: None)
+    else:
+        aim = sample.SlotCache.aim
+        monkeypatch.setattr(sample.SlotCache, "aim", lambda self, first, *args, **kwargs: aim(
+            self, 0, *args, **kwargs) or setattr(self, "rows", self.rows * 0))
+    assert not notes
+    sampler = samplers.choose_sampler(model, [5, 6, 7, 8], 20, notes.append)
+    assert sampler is samplers.generate_one_by_one and len(notes) == 1
+    assert model.config._attn_implementation == "eager"
 
 
-def test_interactive_chat_keeps_the_history(folder, monkeypatch, capsys):
-    """A chat that forgets: the second answer must be that to the whole conversation."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nthe moon\n"))
-    args = ["--model", str(folder), "--max-new-tokens", "8"]
-    assert sample.main(args + ["--interactive"]) == 0
-    chat = capsys.readouterr().out
-    assert sample.main(args + ["--prompt", "hello"]) == 0
-    hello = capsys.readouterr().out.rstrip("\n")
-    assert sample.main(args + ["--prompt", "the moon"]) == 0
-    moon = capsys.readouterr().out.rstrip("\n")
-    first, second = (answer.strip() for answer in chat.split("> ")[1:3])
-    assert first == hello.strip() and second != moon.strip()
+def test_slots_are_compared_with_eager_attention_not_with_the_one_they_use():
+    """An attention that drops an architecture's cap or sinks: slots and plain forward passes would
+    agree, both wrong."""
+    AttentionInterface.register("half", lambda module, query, *args, **kwargs: (
+        sdpa_attention_forward(module, query / 2, *args, **kwargs)))
+    AttentionMaskInterface.register("half", sdpa_mask)
+    model, notes = make_model(scale=3.0), []
+    model.set_attn_implementation("half")
+    assert samplers.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.generate
+    assert model.config._attn_implementation == "eager" and "eager attention" in notes[0]
 
 
-def test_alpaca_eval_outputs_have_its_format(folder, tmp_path, capsys):
-    """Outputs in another order than the instructions (the sampler sorts by length)."""
-    rows = [{"instruction": "the moon and the cat and the mat", "dataset": "d"},
-            {"instruction": "hello"}]
-    (tmp_path / "in.json").write_text(json.dumps(rows))
-    args = ["--model", str(folder), "--max-new-tokens", "8"]
-    assert sample.main(args + ["--alpaca-eval", str(tmp_path / "in.json"),
-                               "--output", str(tmp_path / "out.json")]) == 0
-    outputs = json.loads((tmp_path / "out.json").read_text())
-    assert [o["instruction"] for o in outputs] == [row["instruction"] for row in rows]
-    assert [o["generator"] for o in outputs] == ["tiny-policy"] * 2
-    assert outputs[0]["dataset"] == "d"
-    assert set(outputs[1]) == {"instruction", "output", "generator"}
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["in.json", "out.json"]
-    capsys.readouterr()
-    assert sample.main(args + ["--prompt", "hello"]) == 0
-    assert capsys.readouterr().out == outputs[1]["output"] + "\n"
-
-
-def test_command_line_errors_are_one_line_and_exit_code_2(folder, tmp_path, capsys):
-    """A traceback, or an output folder found missing only after an hour of sampling."""
-    bad, good = tmp_path / "bad.json", tmp_path / "good.json"
-    bad.write_text('[{"text": "x"}]')
-    good.write_text('[{"instruction": "x"}]')
-    for args, message in [
-            (["--model", str(tmp_path / "no"), "--prompt", "x"], "--model"),
-            (["--model", str(folder), "--prompt", "x", "--max-new-tokens", "999"], "of 256"),
-            (["--model", "x", "--alpaca-eval", str(bad), "--output", "o"], "entry 0 has no string"),
-            (["--model", "x", "--alpaca-eval", str(tmp_path), "--output", "o"], "cannot be read"),
-            (["--model", "x", "--alpaca-eval", str(good), "--output", str(tmp_path / "no/o.json")],
-             "no such folder")]:
-        assert sample.main(args) == 2
-        errors = capsys.readouterr().err.splitlines()  # transformers' loading bar may come first
-        assert errors[-1].startswith("error: ") and message in errors[-1]
-        assert not any("Traceback" in line for line in errors)
+def test_a_model_that_sees_the_future_is_refused(monkeypatch):
+    """BERT and its kin: log-probs of tokens that were in sight."""
+    model = make_model(scale=3.0)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda input_ids, **kwargs: forward(
+        input_ids.flip(1), **{**kwargs, "past_key_values": None, "use_cache": False}))
+    with pytest.raises(ValueError, match="not a causal language model") as error:
+        samplers.choose_sampler(model, [5, 6, 7, 8], 20)
+    assert "\n" not in str(error.value)
