@@ -8,7 +8,7 @@ Arms: alpha = 0 (iterative DPO); the paper's alpha 1e-3 and a large one with gre
 authors' code samples; the large one with y at temperature 1, as the paper writes. All arms of a
 seed share the base model, the prompts and the seeds: differences are taken within seeds.
 
-Worlds (harness/toy.py): "default" has headroom because its commonest word is poor, which suits optimism;
+Worlds (harness/toy.py): "default" has headroom because its commonest word is poor, which suits it;
 "neutral" favours nothing; in "rare" the best words are those that are hardly ever said.
 
 Writes experiments/results/ablation.json and ablation.png; prints the README's table.

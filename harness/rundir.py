@@ -1,8 +1,77 @@
-"""Files of a run: they appear whole or not at all."""
+"""The files of a run: they appear whole, are known by their checksums, and a killed run goes on.
 
+    runs/NAME/config.json       settings, versions, and what the run was made from
+              finished.json     every finished file with its rows and checksum, in order
+              metrics.jsonl     one line an update, one an evaluation
+              iter_K/...        what the phases of train_loop.py leave
+
+`Run.once(path, phase, ...)` is how a phase runs: what is finished and undamaged is read, anything
+else is made. A phase that yields rows writes them as they come, so that one which is killed goes on
+behind its last row; the file itself appears when it is whole.
+
+Under several processes each one writes the rows of items[PROCESS::PROCESSES] to a part of its own,
+and process 0 weaves the parts together: no process ever holds all rows.
+
+Test: pytest tests/test_rundir.py.
+"""
+
+import functools
+import hashlib
 import json
 import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from harness.scale import PROCESS, PROCESSES, barrier, checksum, only_first, say, told
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
+
+CONFIG, FINISHED, METRICS, LOCK = "config.json", "finished.json", "metrics.jsonl", ".lock"
+# What a run leaves, and --fresh may take away. Anything else in the folder is somebody's.
+LEAVES = (CONFIG, FINISHED, METRICS, LOCK, "report.md", "report.html", "figures", "world", "start",
+          "start_policy", "baseline", "human_answers.jsonl", "iter_*", "seed_*", "*.tmp", "*.part*",
+          "*.unfinished", ".deleted-*")
+JUDGED = ("pairs.jsonl*", "scores*.jsonl", "eval.jsonl*")
+# Settings that change no number, or that made_from tells better.
+NO_DIFFERENCE = ("fresh", "dry_run", "run_dir", "baseline", "seeds", "slots", "save_every", "data",
+                 "tokens_per_forward", "compile", "model", "ranker", "chat_template", "name")
+
+# ----------------------------------------------------------------------------------------------
+# 1. Text and rows
+# ----------------------------------------------------------------------------------------------
+
+
+def printable(text):
+    """Text of strangers (data, models, judges) for a terminal: without the control characters that
+    could move its cursor, hide lines or answer for the user, and without half surrogate pairs.
+    Newline and tab stay; so do accents, emoji and every script."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "", text)
+
+
+def write_text(path, text):
+    """Writes a file so that it appears whole or not at all (temporary name, fsync, rename)."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def line_of(row):
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_jsonl(path, rows):
+    write_text(path, "".join(map(line_of, rows)))
 
 
 def read_jsonl(path):
@@ -17,15 +86,316 @@ def read_jsonl(path):
                         f"{path}, line {number}: not valid JSON ({error.msg})") from None
 
 
-def write_jsonl(path, rows):
-    """Writes rows so that the file appears whole or not at all (temporary name, fsync, rename)."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+class Rows:
+    """A JSONL file as a list of objects that stays on disk: only where lines begin is in memory.
+
+    rows[3] parses line 4, rows.of(prompt_id) the line of that prompt: files are joined by id.
+    """
+
+    def __init__(self, path):
+        self.path, self.starts, position = Path(path), [], 0
+        with open(path, "rb") as file:
+            for line in file:
+                self.starts.append(position)
+                position += len(line)
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, index):
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[index])
+            return json.loads(file.readline())
+
+    def __iter__(self):
+        with open(self.path, "rb") as file:
+            for line in file:
+                yield json.loads(line)
+
+    @functools.cached_property
+    def places(self):
+        """prompt_id -> line index. ValueError for one that stands twice."""
+        places = {}
+        for i, row in enumerate(self):
+            if places.setdefault(row["prompt_id"], i) != i:
+                raise ValueError(f"{self.path}: prompt_id {row['prompt_id']} stands there twice")
+        return places
+
+    def of(self, prompt_id):
+        """The row of a prompt. ValueError where there is none."""
+        if prompt_id not in self.places:
+            raise ValueError(f"{self.path} has no row of prompt_id {prompt_id}: it was made from "
+                             "other data; give another --run-dir, or --fresh to start over")
+        return self[self.places[prompt_id]]
 
 
-def write_text(path, text):
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+# ----------------------------------------------------------------------------------------------
+# 2. A run
+# ----------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The folder of one arm: its record of finished files, and the metrics."""
+
+    def __init__(self, folder):
+        self.folder, self.checked = Path(folder), set()
+
+    def once(self, path, phase, *args):
+        """What `phase` leaves at `path`: read if it is finished, else made; all processes agree.
+
+        A .jsonl path: phase(items, *args) yields a row for each of items, in order. It gets a
+        generator of the items of this process that a killed try did not finish; returns Rows.
+        Any other path: phase(path, *args) writes it; returns the path.
+        """
+        if not told(PROCESS > 0 or self._whole(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".jsonl":
+                self._write_rows(path, phase, *args)
+            else:
+                phase(path, *args)
+            only_first(self._record, path)
+        return Rows(path) if path.suffix == ".jsonl" else path
+
+    def log(self, rows):
+        """Adds rows to metrics.jsonl, each in its place: a killed run's file is the undisturbed
+        run's. Rows of an earlier, unfinished try of the same phase go."""
+        def merge():
+            path, keys = self.folder / METRICS, {(r["iteration"], r["phase"]) for r in rows}
+            kept = [r for _, r in read_jsonl(path)] if path.exists() else []
+            kept = [r for r in kept if (r["iteration"], r["phase"]) not in keys]
+            order = {"rank": 0, "train": 1, "eval": 2}
+            write_jsonl(path, sorted(kept + rows, key=lambda r: (
+                r["iteration"], order[r["phase"]], r.get("update", 0))))
+        only_first(merge)
+
+    def _name(self, path):
+        return Path(path).relative_to(self.folder).as_posix()
+
+    def _finished(self):
+        path = self.folder / FINISHED
+        return read_record(path) if path.exists() else {}
+
+    def _whole(self, path):
+        """Whether `path` is finished and still what it was when it was finished."""
+        name = self._name(path)
+        if name in self.checked:
+            return True
+        known = self._finished().get(name)
+        if known is None:
+            return False
+        if not path.exists() or known != describe(path):
+            what = "is not what this run wrote there" if path.exists() else "is gone"
+            say(f"warning: {path} {what}; it is made again")
+            return False
+        self.checked.add(name)
+        return True
+
+    def _record(self, path):
+        """Enters a finished file. What was made after it from another version of it is void."""
+        name, entry, finished = self._name(path), describe(path), self._finished()
+        if name in finished and finished[name] != entry:
+            finished = dict(list(finished.items())[:list(finished).index(name)])
+            self.checked.clear()
+        write_text(self.folder / FINISHED, json.dumps(finished | {name: entry}, indent=1))
+        self.checked.add(name)
+
+    def _write_rows(self, path, phase, items, *args):
+        part = path.with_name(f"{path.name}.part{PROCESS}of{PROCESSES}")
+        with open(part, "a+b") as file:
+            done = keep_whole_lines(file)
+            share = (items[i] for i in range(PROCESS + done * PROCESSES, len(items), PROCESSES))
+            for row in phase(share, *args):
+                file.write(line_of(row).encode())
+                file.flush()
+            os.fsync(file.fileno())
+        barrier()
+
+        def weave():
+            parts = [open(path.with_name(f"{path.name}.part{p}of{PROCESSES}"), "rb")
+                     for p in range(PROCESSES)]
+            temporary = Path(f"{path}.tmp")
+            with open(temporary, "wb") as out:
+                for i in range(len(items)):
+                    out.write(parts[i % PROCESSES].readline())
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(temporary, path)
+            for file in parts:
+                file.close()
+            for old in path.parent.glob(f"{path.name}.part*"):
+                old.unlink()
+        only_first(weave)
+
+
+def keep_whole_lines(file):
+    """Cuts off the half line that a kill may leave at the end -> how many whole ones there are."""
+    file.seek(0)
+    count, end = 0, 0
+    for line in file:
+        try:
+            json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        count, end = count + 1, end + len(line)
+    file.seek(end)
+    file.truncate()
+    return count
+
+
+def describe(path):
+    """Rows and checksum of a file, or the checksums of a folder's files."""
+    if Path(path).is_dir():
+        return {file.relative_to(path).as_posix(): checksum(file)
+                for file in sorted(Path(path).rglob("*")) if file.is_file()}
+    with open(path, "rb") as file:
+        return {"rows": sum(1 for _ in file), "sha256": checksum(path)}
+
+
+def read_record(path):
+    """A JSON object of ours; ValueError that names the file if it is damaged."""
+    try:
+        record = json.loads(Path(path).read_text("utf-8"))
+        assert isinstance(record, dict)
+        return record
+    except (ValueError, AssertionError):
+        raise ValueError(f"{path} is damaged; --fresh starts the run over") from None
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Whose folder is it?
+# ----------------------------------------------------------------------------------------------
+
+
+def fingerprint(path):
+    """What tells two files, or two folders of files, apart without reading gigabytes: names, sizes
+    and a checksum of 16 blocks of each file. A single file's name does not count."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    return {("" if file == path else file.relative_to(path).as_posix()): _sampled_checksum(file)
+            for file in files}
+
+
+def _sampled_checksum(path, blocks=16, block=65536):
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(blocks):
+            file.seek(max(0, size - block) * i // (blocks - 1))
+            digest.update(file.read(block))
+    return f"{size} bytes, {digest.hexdigest()[:16]}"
+
+
+def claim(folder, settings, made_from):
+    """Makes the folder this run's, or recognises it as a run to go on with.
+
+    settings: name -> value; made_from: name -> JSON value, where what it was made from is told by
+    content, not by a path: a folder that has moved is still the same. ValueError, with what has
+    changed, if it holds another run or somebody's files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, known = folder / CONFIG, {}
+    settings = {name: value if isinstance(value, (int, float, str, type(None))) else str(value)
+                for name, value in settings.items()}
+    if path.exists():
+        known = read_record(path)
+        if "made_from" not in known:
+            raise ValueError(f"{folder} holds a {CONFIG} that is not a run's; give another "
+                             "--run-dir")
+        changed = [f"{name} was {known['settings'].get(name)}, is {value}"
+                   for name, value in settings.items()
+                   if name not in NO_DIFFERENCE and known["settings"].get(name) != value]
+        changed += [_difference(name, known["made_from"].get(name), value)
+                    for name, value in made_from.items()
+                    if known["made_from"].get(name) != value]
+        if changed and not (changed[-1].startswith("the judge") and len(changed) == 1
+                            and not any(map(any, map(folder.rglob, JUDGED)))):
+            raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); "
+                             "give another --run-dir, or --fresh to delete it")
+        if changed:  # a judge that failed before its first score has been mended
+            write_text(path, json.dumps(known | {"made_from": made_from}, indent=1))
+        return
+    found = sorted(f.name for f in folder.glob("iter_*"))
+    if found:
+        raise ValueError(f"{folder} holds {', '.join(found)}, but no {CONFIG} of a run; give "
+                         "another --run-dir, or --fresh to delete it")
+    import torch
+    import transformers
+    write_text(path, json.dumps({
+        "settings": settings, "made_from": made_from, "command": sys.argv,
+        "git_revision": git_revision(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "processes": PROCESSES}, indent=1))
+
+
+def _difference(name, was, now):
+    """One clause on what changed between two values of made_from, short enough to read."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+        key = changed[0]
+        return (f"the {name} has changed ({key + ': ' if key else ''}was {was.get(key, 'absent')}, "
+                f"is {now.get(key, 'absent')})")
+    return f"the {name} has changed"
+
+
+def git_revision():
+    """The commit of this code, or None: git is not needed to train."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                              cwd=Path(__file__).parent)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+@contextmanager
+def locked(folder):
+    """Keeps a second command out of the folder while this one is at work; the system takes the lock
+    from a dead process. ValueError if it is taken. A folder that stays empty goes again."""
+    def take():
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                raise BlockingIOError  # its last holder has just removed the file
+        except (BlockingIOError, FileNotFoundError):
+            raise ValueError(f"another command is at work in {folder}; wait for it, or give "
+                             "another --run-dir") from None
+        except OSError:  # a file system without locks
+            pass
+        held.append(file)
+    held = []
+    only_first(take)
+    try:
+        yield
+    finally:
+        for file in held:
+            (folder / LOCK).unlink(missing_ok=True)
+            file.close()
+            with suppress(OSError):  # only an empty folder can be removed
+                folder.rmdir()
+
+
+def delete_run(folder, files):
+    """--fresh: takes away what a run has left in the folder, and nothing else. ValueError, before
+    anything is touched, if it is no run's folder, or holds one of `files`, (flag, path) of what the
+    coming run reads."""
+    for flag, path in files:
+        if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--fresh would delete {path}, which {flag} reads; give another "
+                             "--run-dir")
+    ours = (folder / CONFIG).exists() and "made_from" in read_record(folder / CONFIG)
+    strangers = [f.name for f in folder.iterdir() if not any(map(f.match, LEAVES))]
+    if not ours and ((folder / CONFIG).exists() or strangers):
+        raise ValueError(f"--fresh: {folder} does not look like a run (it holds "
+                         f"{(strangers or [CONFIG])[0]}); delete it yourself")
+    # The record goes first, for half a deleted run must not be resumed; in one step, under a name
+    # that nobody has.
+    trash = Path(tempfile.mkdtemp(prefix=".deleted-", dir=folder))
+    for leaf in LEAVES:
+        for path in sorted(set(folder.glob(leaf)) - {trash, folder / LOCK}):
+            os.replace(path, trash / path.name)
+    shutil.rmtree(trash)

@@ -1,7 +1,6 @@
 """Tables, warnings and figures from files made by hand."""
 
 import json
-import math
 import subprocess
 import sys
 
@@ -11,42 +10,39 @@ from harness import plots, report
 from harness.rundir import read_jsonl, write_jsonl
 
 
-def candidate(source, tokens, text="x", finished=True):
-    return {"sources": [source], "text": text, "ids": [1] * tokens, "finished": finished}
-
-
-def make_run(folder, iteration=1, tokens=10, finished=True, equal=0, accuracy=0.7, logratio=-1.0,
-             text="fresh", evals=None):
+def make_run(folder, iteration=1, tokens=10, accuracy=0.7, logratio=-1.0, text="fresh", evals=None,
+             **counts):
     """A run folder with ten prompts in one iteration, as train_loop.py would leave it."""
     (folder / f"iter_{iteration}").mkdir(parents=True)
     write_jsonl(folder / f"iter_{iteration}/eval.jsonl", [
         {"prompt_id": str(i), "response": f"{text} {i}"} for i in range(10)])
-    write_jsonl(folder / f"iter_{iteration}/pairs.jsonl", [{
-        "prompt_id": str(i), "dropped": "best and worst are equal" if i < equal else None,
-        "candidates": [candidate("data_chosen", 5), candidate("data_rejected", 5),
-                       candidate("sampled", tokens, f"{text} {i}", finished)],
-        "chosen": 2 if i % 2 else 0, "rejected": 1, "sampled": [2]} for i in range(10)])
     old = [r for _, r in read_jsonl(folder / "metrics.jsonl")] if iteration > 1 else []
+    counts = dict(prompts=10, pairs=8, equal=2, dropped={}, sampled=10, sampled_best=4,
+                  sampled_worst=0, cut=0, cut_by_max_length=0, empty=0, tokens=10 * tokens) | counts
     write_jsonl(folder / "metrics.jsonl", old + [
-        {"iteration": iteration, "phase": "train", "step": s, "loss": 0.69 - s / 100,
+        {"iteration": iteration, "phase": "rank"} | counts] + [
+        {"iteration": iteration, "phase": "train", "update": u, "loss": 0.69 - u / 100,
          "dpo_loss": 0.6, "accuracy": accuracy, "sampled_logratio": logratio, "margin": 0.1,
-         "grad_norm": 1.0} for s in range(5)] + [
-        {"iteration": iteration, "phase": "eval", "score": 0.5, "score_se": 0.1, **(evals or {})}])
+         "grad_norm": 1.0} for u in range(5)] + [
+        {"iteration": iteration, "phase": "eval", "score": 0.5, **(evals or {})}])
     return folder
 
 
 def test_the_summary_counts_pairs_drops_and_the_fate_of_the_samples(tmp_path):
     """Shares taken over all prompts instead of the kept ones; drops that are not mentioned."""
-    line = report.summary(make_run(tmp_path, equal=2), 1)[0]
-    # of the 8 kept rows, those with odd i (3, 5, 7, 9) have the sample as best: 50 %
-    assert "8 pairs of 10 prompts (2 best and worst are equal), y best 50% worst 0%" in line
+    line = report.summary(make_run(tmp_path, pairs=7, dropped={"empty response": 1},
+                                   sampled_best=0, sampled_worst=7), 1)[0]
+    assert ("7 pairs of 10 prompts (1 empty response, 2 equal for the judge), y best 0% worst 100%"
+            in line)
     assert "loss 0.690 -> 0.650, log-ratio of y -1.00" in line
 
 
 @pytest.mark.parametrize("changes, words", [
     (dict(logratio=-20.0, accuracy=0.5), "optimism is too strong.*-20.0 nats.*--alpha"),
-    (dict(finished=False), "100% of the samples hit the length limit"),
-    (dict(equal=6), "60% of the examples were dropped"),
+    (dict(cut=4), "40% of the samples hit the length limit; raise --max-new-tokens"),
+    (dict(cut=4, cut_by_max_length=3), "40% of the samples hit .*; raise --max-length"),
+    (dict(empty=4), "40% of the samples are empty"),
+    (dict(equal=6, pairs=4), "for 60% of the prompts all candidates are equal"),
     (dict(evals={"logratio_to_start": 50.0, "response_tokens": 10}),
      "50 nats from the start.*--beta")])
 def test_each_failure_signature_gives_one_warning_with_its_figure(changes, words, tmp_path):
@@ -69,14 +65,6 @@ def test_growth_and_standstill_are_seen_across_iterations(tmp_path):
     assert len(stuck) == 1 and "100% of the held-out responses are those" in stuck[0]
 
 
-def test_intervals_are_students_over_seeds():
-    """A normal quantile for five seeds: intervals a third too narrow."""
-    values = [1.0, 2.0, 4.0, 4.0, 9.0]  # mean 4, variance (9 + 4 + 0 + 0 + 25) / 4 = 9.5
-    mean, width = report.mean_interval(values)
-    assert mean == 4.0 and width == pytest.approx(2.776 * math.sqrt(9.5 / 5), rel=2e-3)
-    assert math.isnan(report.mean_interval([3.0])[1])
-
-
 def test_the_table_averages_over_seeds_and_shows_the_start_once(tmp_path):
     """A start row an arm; a mean over arms."""
     runs = []
@@ -91,6 +79,15 @@ def test_the_table_averages_over_seeds_and_shows_the_start_once(tmp_path):
     assert "| SELM | 1 | 0.6 ± 2.5 |" in table  # 12.71 * 0.2828 / sqrt(2)
     assert "| DPO | 1 | 0.2 ± 1.3 |" in table
     assert "over 2 seeds" in table
+
+
+def test_one_run_shows_the_intervals_over_its_prompts(tmp_path):
+    """± 0 for five wins of five, or an interval that reaches beyond 1."""
+    write_jsonl(tmp_path / "metrics.jsonl", [
+        {"iteration": 1, "phase": "eval", "score": 0.4, "win_rate": 1.0, "win_rate_low": 0.57,
+         "win_rate_high": 1.0}])
+    table = report.table([("SELM", tmp_path)])
+    assert "| 0.4 | 1 (0.57 to 1) |" in table and "over the evaluation prompts" in table
 
 
 def test_the_figures_are_drawn_again_from_the_files_alone(tmp_path):

@@ -1,0 +1,64 @@
+"""How a command ends: one clear line for what a user can mend, a traceback for what we must.
+
+Imported before anything slow, so that Ctrl-C is one line at any moment. Exit codes: 0 done, 1 an
+error, 2 a wrong command line, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+import os
+import signal
+import sys
+
+GOES_ON = "the same command goes on after the last finished phase"
+HINTS = {"No space left": ". Finished phases are kept: free some space and run the same command "
+                          "again"}
+OUT_OF_MEMORY = (". Finished phases are kept: lower --tokens-per-forward (training) or --slots "
+                 "(sampling), or try --gradient-checkpointing or --lora-rank")
+
+
+def one_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception: files are closed and half-written ones removed on the way out."""
+
+
+def _terminate(number, frame):
+    raise Terminated
+
+
+def _leave(number, frame):
+    """While libraries load there is nothing to close, and they turn an exception into their own."""
+    print(f"\nstopped; {GOES_ON}", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+def before(module):
+    """For the first line of a command: until `run` takes over, Ctrl-C and SIGTERM end it at once.
+    module: its __name__; nothing is done where it is only imported."""
+    if module == "__main__":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _leave)
+
+
+def run(main):
+    """main(), and an end that fits what happened. SELM_TRACEBACK=1 shows where an error arose."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("SELM_TRACEBACK"):
+            raise
+        sys.exit(f"error: {one_line(error)}" + next(
+            (hint for sign, hint in HINTS.items() if sign in str(error)), ""))
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, Terminated)
+        print(f"\n{'terminated' if terminated else 'stopped'}; {GOES_ON}", file=sys.stderr)
+        sys.exit(143 if terminated else 130)
+    except Exception as error:
+        if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+            sys.exit(f"error: {one_line(error)}{OUT_OF_MEMORY}")
+        print("error: a bug of this program, not of your files; what follows says where. Finished "
+              "phases are kept.", file=sys.stderr)
+        raise

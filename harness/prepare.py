@@ -1,0 +1,220 @@
+"""Before a run: everything that can be refused is refused, before anything is deleted or sampled.
+
+`read_inputs` looks at the settings' model, data and judge; `make_start` turns them into what
+Algorithm 1 starts from. Where the recipe brings a world of its own (the toy), that world hands in
+the same things, and what only a world knows: the true measures. Nothing else asks "is it the toy?".
+
+Test: pytest tests/test_prepare.py.
+"""
+
+import functools
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import data
+import model as policies
+import sample
+from harness import judges, rows, samplers, settings as flags, toy
+from harness.rundir import Run, fingerprint
+from harness.scale import PROCESS, only_first, say
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a command names, read and checked."""
+    judge: judges.Judge
+    made_from: dict  # what a run is known by: name -> JSON value
+    files: list  # (flag, path) of local files: --fresh must not delete them
+    chat: data.ChatFormat | None = None
+    sampler: tuple = ()  # (generate, attention), see Start
+    records: list = ()
+    held_out: list = ()
+
+
+@dataclass(frozen=True)
+class Start:
+    """What Algorithm 1 starts from; the arms of a seed share it."""
+    run: Run  # records what they share: the unpacked policy, the world, the start's evaluation
+    policy: str
+    chat: data.ChatFormat
+    generate: object  # sample.generate, or what samples an architecture that it would get wrong,
+    attention: str  # under this attention
+    judge: judges.Judge
+    portions: list
+    held_out: list
+    true_measures: object = None  # (model, start model) -> dict; in a world whose truth is known
+
+    def judging(self, here):
+        """The judge of one phase. Its scores are kept there as they come, so that one which fails
+        half way loses nothing; your own answers serve all arms, and stay."""
+        kept = self.run.folder / "human_answers.jsonl" if self.judge.name == "human" else (
+            here / f"scores{PROCESS}.jsonl")
+        return functools.partial(self.judge, kept=kept)
+
+    def forget_scores(self, here):
+        """Once they are in pairs.jsonl and eval.jsonl."""
+        (here / f"scores{PROCESS}.jsonl").unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# 1. Reading and refusing
+# ----------------------------------------------------------------------------------------------
+
+
+def read_inputs(s):
+    """Inputs of the settings s, cheap ones first; writes nothing. ValueError if it cannot work."""
+    chat = None if s.variant else read_model(s)
+    judge = judges.load_judge(s.ranker, s.device, seed=s.seed, progress=PROCESS == 0,
+                              oracle=toy.oracle(s.variant) if s.variant else None)
+    if s.variant:
+        return Inputs(judge, {}, [])
+    names = [("--model", s.model), ("--data", s.data), ("--chat-template", s.chat_template or "")]
+    names += [("--ranker", part) for part in s.ranker.split(":")]
+    return with_data(Inputs(judge, {}, [(f, name) for f, name in names if name], chat), s)
+
+
+def with_data(inputs, s):
+    """inputs with the checked rows, the sampler, and what the run is known by."""
+    chat = inputs.chat
+    records, held_out = (rows.check_rows(part, chat, inputs.judge.check, s.skip_bad_rows)
+                         for part in read_data(s))
+    data.split_portions(records, s.iterations, s.prompts_per_iteration, s.seed)  # if it can be done
+    judge = judges.with_length_penalty(inputs.judge, s.length_penalty, chat.tokenizer)
+    judge.dry_call(records)
+    sampler = check_model(s, chat, records)
+    template = hashlib.sha256(chat.tokenizer.chat_template.encode()).hexdigest()[:16]
+    made_from = {"model": source(s.model), "data": digest(records, held_out),
+                 "chat template": template, "judge": judge_source(s.ranker)}
+    return replace(inputs, judge=judge, made_from=made_from, sampler=sampler, records=records,
+                   held_out=held_out)
+
+
+def read_model(s):
+    """The chat format of the start model, whose tokenizer and limits fit. ValueError."""
+    config = policies.load_config(s.model)
+    context = sample.context_length(config)
+    if s.max_length > context:
+        raise ValueError(f"--max-length {s.max_length} exceeds the context of {s.model}, {context}")
+    tokenizer = data.load_tokenizer(s.model, s.chat_template)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{s.model}: the tokenizer knows {len(tokenizer)} tokens, the model only "
+            f"{config.vocab_size}; if tokens were added to it, call model.resize_token_embeddings("
+            "len(tokenizer)) once and save the model, else the two do not belong together")
+    chat = data.ChatFormat(tokenizer, policies.model_stop_ids(s.model))
+    if chat.note:
+        say(f"{s.model}: {chat.note}")
+    return chat
+
+
+def read_data(s):
+    """(training records, held-out records): the hub's own test split, the toy's, or rows set aside;
+    no prompt is in both."""
+    read = functools.partial(rows.load_preferences, skip_bad_rows=s.skip_bad_rows)
+    records = read(s.data)
+    wanted = 0 if s.ranker == "human" else s.eval_prompts  # nobody wants to judge so many
+    if s.variant:
+        held_out = read(Path(s.data).with_name("test.jsonl"))[:wanted]
+    elif Path(s.data).exists():
+        return data.hold_out(records, wanted, s.seed)
+    else:
+        held_out = read(s.data, "test_prefs")[:wanted] if wanted else []
+    left = data.leave_out(records, held_out)
+    if len(left) < len(records):
+        say(f"{len(records) - len(left)} rows have a held-out prompt and are left out of training")
+    return left, held_out
+
+
+def check_model(s, chat, records):
+    """(generate, attention) that sample this model rightly. ValueError for a model whose log-probs
+    or samples we would get wrong."""
+    trees = [data.Tree(chat.prompt_ids(row["prompt"])[-16:],
+                       [chat.response_ids(row["prompt"], row["data_chosen"])[:16],
+                        chat.response_ids(row["prompt"], row["data_rejected"])[:12]], 0, 1, [])
+             for row in records[:2]]
+    dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
+    model = policies.load_model(s.model, dtype, s.device, s.compute.attention)
+    policies.self_check(policies.Policy(model), data.pad if s.plain_rows else data.pack, trees,
+                        s.max_length, packed=not s.plain_rows)
+    generate = samplers.choose_sampler(
+        model, trees[0].prompt_ids, policies.probe_length(model.config, s.max_length), say)
+    return generate, model.config._attn_implementation
+
+
+def count_prompts(s):
+    """(how many rows a run would train on, or None; where the number comes from), for --dry-run."""
+    if s.variant:
+        return s.iterations * s.prompts_per_iteration, "made on the spot"
+    if Path(s.data).exists():
+        return len(read_data(s)[0]), "counted, without held-out rows"
+    if s.data in flags.KNOWN_PROMPTS:
+        return flags.KNOWN_PROMPTS[s.data], "the paper's count"
+    return None, "unknown before it is loaded"
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. What a run is known by
+# ----------------------------------------------------------------------------------------------
+
+
+def digest(records, held_out):
+    """Rows and checksum of the ordered records, whatever file they came from."""
+    text = json.dumps([[record[name] for name in ("prompt_id", "prompt", "data_chosen",
+                                                  "data_rejected")]
+                       for record in (*records, *held_out)])
+    return {"rows": len(records) + len(held_out),
+            "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def source(name):
+    """Of a local file or folder, its content; of a hub id, the name and the commit in the cache."""
+    if Path(name).exists():
+        return fingerprint(name)
+    return {name: getattr(policies.load_config(name), "_commit_hash", None)}
+
+
+def judge_source(spec):
+    """The same of a judge: file.py:function, pairrm[:ID], reward:ID, or a name."""
+    kind, _, rest = spec.partition(":")
+    if kind.endswith(".py"):
+        return fingerprint(kind) | {"function": rest}
+    return {kind: fingerprint(rest) if rest and Path(rest).exists() else rest}
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. What the arms of a seed share
+# ----------------------------------------------------------------------------------------------
+
+
+def make_start(inputs, s, run):
+    """Start of the settings s; run: the home of the seed, where what must be made is made once."""
+    truth, policy = None, s.model
+    if s.variant:
+        world = run.once(run.folder / "world", build_world, s.seed, s.variant)
+        s = replace(s, model=str(world / "base"), data=str(world / "train.jsonl"))
+        inputs, policy = with_data(replace(inputs, chat=read_model(s)), s), s.model
+        truth = functools.partial(toy.true_measures, tokenizer=inputs.chat.tokenizer,
+                                  prompts=[row["prompt"] for row in inputs.held_out],
+                                  variant=s.variant, seed=s.seed)
+    elif policy.endswith(".gguf"):  # unpacked once, not at every load
+        policy = str(run.once(run.folder / "start_policy", unpack, policy, inputs.chat))
+    portions = data.split_portions(inputs.records, s.iterations, s.prompts_per_iteration, s.seed)
+    return Start(run, policy, inputs.chat, *inputs.sampler, inputs.judge, portions,
+                 inputs.held_out, truth)
+
+
+def build_world(path, seed, variant):
+    def build():
+        shutil.rmtree(path, ignore_errors=True)  # a damaged one
+        toy.build_world(path, seed, variant=variant, progress=PROCESS == 0)
+    only_first(build)
+
+
+def unpack(path, gguf, chat):
+    only_first(lambda: policies.save_policy(policies.Policy(policies.load_model(gguf)),
+                                            chat.tokenizer, path, chat.stop_ids))

@@ -1,0 +1,270 @@
+"""Files of a run: whole, known by checksum, joined by id; whose folder is whose."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+from harness import rundir
+from harness.rundir import Rows, Run, claim, delete_run, read_jsonl, write_jsonl
+
+ITEMS = [{"prompt_id": str(i)} for i in range(5)]
+
+
+def doubled(items, calls=None):
+    for item in items:
+        if calls is not None:
+            calls.append(item["prompt_id"])
+        yield {"prompt_id": item["prompt_id"], "twice": 2 * int(item["prompt_id"])}
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A half-written phase file that the resumed run takes for a finished one."""
+    path = tmp_path / "x.jsonl"
+    write_jsonl(path, [{"a": 1}])
+    monkeypatch.setattr(
+        rundir.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError):
+        write_jsonl(path, [{"a": 2}] * 1000)
+    assert [r for _, r in read_jsonl(path)] == [{"a": 1}]
+
+
+def test_rows_are_joined_by_prompt_id_and_refuse_what_does_not_fit(tmp_path):
+    """Another prompt's sample, because a row was lost above it."""
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt_id": p, "x": p * 2} for p in ("b", "é", "c")])
+    rows = Rows(tmp_path / "a.jsonl")
+    assert len(rows) == 3 and rows.of("é")["x"] == "éé" and rows[2]["x"] == "cc"
+    assert [row["x"] for row in rows] == ["bb", "éé", "cc"]
+    with pytest.raises(ValueError, match="no row of prompt_id z"):
+        rows.of("z")
+    write_jsonl(tmp_path / "b.jsonl", [{"prompt_id": "b"}] * 2)
+    with pytest.raises(ValueError, match="prompt_id b stands there twice"):
+        Rows(tmp_path / "b.jsonl").of("b")
+
+
+def test_a_phase_that_is_killed_goes_on_behind_its_last_whole_row(tmp_path):
+    """An hour of sampling repeated; a half-written row that is taken for one, or left there."""
+    run, path, calls = Run(tmp_path), tmp_path / "iter_1/x.jsonl", []
+
+    def dies(items):
+        for i, row in enumerate(doubled(items, calls)):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield row
+    with pytest.raises(KeyboardInterrupt):
+        run.once(path, dies, ITEMS)
+    assert not path.exists()
+    [part] = path.parent.glob("x.jsonl.part*")
+    with open(part, "ab") as file:
+        file.write(b'{"prompt_id": "3", "twi')
+    calls.clear()
+    rows = Run(tmp_path).once(path, doubled, ITEMS, calls)
+    assert calls == ["3", "4"]
+    assert [row["twice"] for row in rows] == [0, 2, 4, 6, 8]
+    assert sorted(f.name for f in path.parent.iterdir()) == ["x.jsonl"]
+    calls.clear()
+    Run(tmp_path).once(path, doubled, ITEMS, calls)
+    assert calls == []
+
+
+@pytest.mark.parametrize("damage", ["last line", "bit", "empty", "gone"])
+def test_a_damaged_file_is_noticed_and_made_again(damage, tmp_path, capsys):
+    """A lost last line or a flipped bit that changes every number after it without a word."""
+    path = tmp_path / "iter_1/x.jsonl"
+    whole = list(Run(tmp_path).once(path, doubled, ITEMS))
+    data = bytearray(path.read_bytes())
+    if damage == "last line":
+        path.write_bytes(b"".join(bytes(data).splitlines(True)[:-1]))
+    elif damage == "bit":
+        data[20] ^= 1
+        path.write_bytes(data)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    assert list(Run(tmp_path).once(path, doubled, ITEMS)) == whole
+    assert "x.jsonl is" in capsys.readouterr().out
+
+
+def test_one_flipped_bit_in_a_folder_is_noticed(tmp_path, capsys):
+    """A policy that loads, and is not the one that was trained."""
+    def save(path):
+        path.mkdir(exist_ok=True)
+        (path / "model.safetensors").write_bytes(bytes(range(256)))
+        (path / "config.json").write_text("{}")
+    Run(tmp_path).once(tmp_path / "policy", save)
+    data = bytearray((tmp_path / "policy/model.safetensors").read_bytes())
+    data[200] ^= 4
+    (tmp_path / "policy/model.safetensors").write_bytes(data)
+    Run(tmp_path).once(tmp_path / "policy", save)
+    assert (tmp_path / "policy/model.safetensors").read_bytes() == bytes(range(256))
+    assert "policy is not what this run wrote there" in capsys.readouterr().out
+
+
+def test_what_was_made_from_another_version_of_a_file_is_made_again(tmp_path):
+    """Pairs of samples that no longer exist."""
+    made = []
+
+    def phase(items, name, value):
+        made.append(name)
+        for item in items:
+            yield {"prompt_id": item["prompt_id"], "value": value}
+
+    def both(value):
+        run = Run(tmp_path)
+        run.once(tmp_path / "samples.jsonl", phase, ITEMS, "samples", value)
+        run.once(tmp_path / "pairs.jsonl", phase, ITEMS, "pairs", value)
+    both(1)
+    (tmp_path / "samples.jsonl").unlink()
+    both(1)  # the same again: what was made from it is still right
+    assert made == ["samples", "pairs", "samples"]
+    (tmp_path / "samples.jsonl").unlink()
+    both(2)
+    assert made == ["samples", "pairs", "samples"] + ["samples", "pairs"]
+    assert Rows(tmp_path / "pairs.jsonl")[0]["value"] == 2
+
+
+def test_metrics_stand_in_the_order_of_the_loop_however_often_they_are_logged(tmp_path):
+    """25 of 27 killed runs that differ from the undisturbed one in the order of this file alone."""
+    rows = {("train", 1): [{"iteration": 1, "phase": "train", "update": u} for u in range(3)],
+            ("train", 2): [{"iteration": 2, "phase": "train", "update": u} for u in range(3)],
+            ("eval", 0): [{"iteration": 0, "phase": "eval"}],
+            ("eval", 1): [{"iteration": 1, "phase": "eval"}],
+            ("rank", 1): [{"iteration": 1, "phase": "rank"}]}
+    orders = [[("eval", 0), ("rank", 1), ("train", 1), ("eval", 1), ("train", 2)],
+              [("train", 1), ("eval", 0), ("train", 2), ("eval", 1), ("rank", 1), ("train", 1)]]
+    texts = []
+    for n, order in enumerate(orders):
+        (tmp_path / str(n)).mkdir()
+        for key in order:
+            Run(tmp_path / str(n)).log(rows[key])
+        texts.append((tmp_path / str(n) / "metrics.jsonl").read_text())
+    assert texts[0] == texts[1] and len(texts[0].splitlines()) == 9
+
+
+# ----------------------------------------------------------------------------------------------
+# Whose folder
+# ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_recognised_by_what_it_was_made_from(tmp_path):
+    """A resumed run that mixes two alphas, or goes on with other data of the same name."""
+    settings, made_from = {"alpha": 0.1, "slots": 4}, {"data": {"rows": 14, "sha256": "a"}}
+    claim(tmp_path / "run", settings, made_from)
+    claim(tmp_path / "run", settings | {"slots": 8}, made_from)  # changes no number
+    (tmp_path / "run").rename(tmp_path / "moved")
+    claim(tmp_path / "moved", settings, made_from)
+    with pytest.raises(ValueError, match="alpha was 0.1, is 0.2"):
+        claim(tmp_path / "moved", settings | {"alpha": 0.2}, made_from)
+    with pytest.raises(ValueError, match=r"the data has changed \(rows: was 14, is 13"):
+        claim(tmp_path / "moved", settings, {"data": {"rows": 13, "sha256": "b"}})
+
+
+def test_a_mended_judge_may_go_on_only_where_nothing_was_judged(tmp_path):
+    """Scores of two judges in one file; or a run that is lost because its judge had a bug."""
+    claim(tmp_path, {}, {"judge": {"": "1"}})
+    (tmp_path / "iter_1").mkdir()
+    claim(tmp_path, {}, {"judge": {"": "2"}})
+    (tmp_path / "iter_1/scores0.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="the judge has changed"):
+        claim(tmp_path, {}, {"judge": {"": "3"}})
+    claim(tmp_path, {}, {"judge": {"": "2"}})
+
+
+def test_somebody_elses_config_is_not_taken_for_a_run(tmp_path):
+    """A model folder that becomes a run folder."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="not a run's"):
+        claim(tmp_path, {}, {})
+    (tmp_path / "config.json").write_text('{"model_')
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        claim(tmp_path, {}, {})
+
+
+def test_nothing_breaks_where_there_is_no_git(tmp_path, monkeypatch):
+    """Optional things that are not."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    claim(tmp_path / "run", {}, {})
+    assert json.loads((tmp_path / "run/config.json").read_text())["git_revision"] is None
+
+
+def finished_run(folder):
+    claim(folder, {"alpha": 0.1}, {})
+    Run(folder).once(folder / "iter_1/x.jsonl", doubled, ITEMS)
+    return folder
+
+
+def test_fresh_takes_away_what_a_run_left_and_nothing_else(tmp_path):
+    """Notes that somebody keeps beside the results; a neighbour called run.deleted."""
+    run = finished_run(tmp_path / "run")
+    (run / "notes.txt").write_text("mine")
+    (tmp_path / "run.deleted").mkdir()
+    (tmp_path / "run.deleted/thesis.tex").write_text("mine")
+    delete_run(run, [])
+    assert [f.name for f in run.iterdir()] == ["notes.txt"]
+    assert (tmp_path / "run.deleted/thesis.tex").exists()
+
+
+def test_fresh_works_through_a_link_and_does_not_follow_links_inside(tmp_path):
+    """Somebody's folder emptied because a link in the run points there."""
+    run = finished_run(tmp_path / "real")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/file").write_text("x")
+    (run / "figures").symlink_to(tmp_path / "precious")
+    (tmp_path / "link").symlink_to(run)
+    delete_run(tmp_path / "link", [])
+    assert (tmp_path / "link").is_symlink() and not list(run.iterdir())
+    assert (tmp_path / "precious/file").exists()
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "does not look like a"),
+    (lambda d: (d / "photo.jpg").write_text("x"), "photo.jpg"),
+    (lambda d: finished_run(d), "which --model reads")])
+def test_fresh_refuses_what_no_run_has_made_and_what_the_run_reads(make, words, tmp_path):
+    """A model folder with a config.json and the notes in it; the very policy that is named."""
+    make(tmp_path)
+    before = sorted(str(f) for f in tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=words):
+        delete_run(tmp_path, [("--model", str(tmp_path / "iter_1"))])
+    assert sorted(str(f) for f in tmp_path.rglob("*")) == before
+
+
+def test_a_second_command_waits_outside_and_a_dead_one_holds_no_lock(tmp_path):
+    """Two runs that write into each other's files; a lock that outlives a power cut."""
+    script = ("import sys, time; from pathlib import Path; from harness import rundir\n"
+              "with rundir.locked(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT,
+                              stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "in\n"
+    with pytest.raises(ValueError, match="another command is at work"):
+        with rundir.locked(tmp_path):
+            pass
+    holder.kill()
+    holder.wait()
+    with rundir.locked(tmp_path):
+        pass
+
+
+def test_two_files_of_one_size_have_two_fingerprints_and_a_moved_one_keeps_its_own(tmp_path):
+    """b.gguf that trains a.gguf's weights."""
+    blocks = os.urandom(3_000_000)
+    for name, data in (("a", blocks), ("b", blocks[:-1] + b"x" if blocks[-1:] != b"x" else b""),
+                       ("c", blocks)):
+        (tmp_path / name).write_bytes(data)
+    a, b, c = (rundir.fingerprint(tmp_path / name) for name in "abc")
+    assert a == c != b
+    started = time.time()
+    with open(tmp_path / "big", "wb") as file:
+        file.truncate(4 * 2**30)  # a hole: no disk is used
+    rundir.fingerprint(tmp_path / "big")
+    assert time.time() - started < 5, "a fingerprint reads blocks, not gigabytes"
+
+
+def test_control_characters_of_a_model_never_reach_the_terminal():
+    """An escape sequence in a response that retitles the window or hides a line."""
+    assert rundir.printable("a\x1b[31mred\x07\x9b1m\n\tb é 日") == "a[31mred1m\n\tb é 日"

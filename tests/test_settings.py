@@ -1,0 +1,93 @@
+"""The command line: recipes, ranges, and what is refused before anything runs."""
+
+import math
+
+import pytest
+
+from harness import settings
+from harness.settings import FLAGS, RANGES, RECIPES
+
+NUMERIC = {name: options["type"] for flags in FLAGS.values() for name, options in flags.items()
+           if options.get("type") in (int, float)}
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--model zefyr", "no such recipe.*zephyr-7b-sft"), ("--lr 1 2", "2 rates for 3"),
+    ("--max-prompt-length 64", "no room is left"),
+    ("--responses-per-prompt 2", "--temperature > 0"), ("--run-dir=", "--run-dir"),
+    ("--data mine.jsonl", "the toy makes its own")])
+def test_flags_that_cannot_work_are_refused_before_anything_runs(flags, words):
+    """A run that fails after an hour on what was known at its first second."""
+    with pytest.raises(ValueError, match=words):
+        settings.read(flags.split())
+
+
+def test_every_numeric_flag_has_a_range():
+    """A new flag that takes any number."""
+    assert {name.replace("-", "_") for name in NUMERIC} == set(RANGES)
+
+
+@pytest.mark.parametrize("name", sorted(NUMERIC))
+def test_a_number_out_of_range_is_refused_by_the_name_of_its_flag(name):
+    """Gradient ascent (--max-grad-norm -1), nothing trained (--adam-eps inf), a negative count that
+    slices from the wrong end, nan that compares as false with everything."""
+    low, high, above = RANGES[name.replace("-", "_")]
+    bad = [low - 1] + [low] * above
+    bad += [math.nan, -math.inf] if NUMERIC[name] is float else [-10**9]
+    if high != math.inf:
+        bad += [high * 2 + 1] + [math.inf] * (NUMERIC[name] is float)
+    for value in bad:
+        words = [f"--{name}", repr(value)] + [repr(value)] * (name == "adam-betas")
+        if value < 0 and NUMERIC[name] is float or math.isnan(value):
+            words = [f"--{name}={value!r}"] if name not in ("lr", "adam-betas") else words
+        try:
+            with pytest.raises(ValueError, match=f"--{name}.*must be"):
+                settings.read(words)
+        except SystemExit:  # argparse takes "-inf" for a flag where several values may follow
+            assert value < 0
+
+
+def test_the_ends_of_each_range_are_accepted_where_the_table_says_so():
+    """A range that refuses alpha 0 (iterative DPO) or a top-p of 1."""
+    for flags in ("--alpha 0", "--top-p 1", "--temperature 0", "--eval-prompts 0", "--lora-rank 0",
+                  "--max-grad-norm inf", "--iterations 1 --lr 1e-9", "--adam-betas 0 0"):
+        settings.read(flags.split())
+
+
+def test_settings_of_an_iteration_have_its_rate_and_iteration_0_is_plain_dpo():
+    """The Zephyr recipe's first portion trained with optimism; the third rate in iteration 2."""
+    zephyr = settings.read(["--model", "zephyr-7b-sft"])
+    assert [zephyr.at(k).lr for k in range(4)] == [5e-7, 5e-7, 5e-7, 1e-7]
+    assert [zephyr.at(k).alpha for k in range(4)] == [0.0, 1e-3, 1e-3, 1e-3]
+    assert [zephyr.at(k).responses_per_prompt for k in range(4)] == [0, 1, 1, 1]
+    llama = settings.read(["--model", "llama-3-8b-instruct"])
+    assert [llama.at(k).lr for k in (1, 2, 3)] == [5e-7, 3e-7, 1e-7] and llama.first == 1
+
+
+def test_a_flag_that_is_given_beats_the_recipe_and_zero_is_given():
+    """`--eval-prompts 0` or `--no-baseline` overwritten by the recipe, as 0 and False are falsy."""
+    s = settings.read("--eval-prompts 0 --no-baseline --alpha 0 --lr 1e-3".split())
+    assert (s.eval_prompts, s.baseline, s.alpha, s.lr) == (0, False, 0.0, (1e-3,) * 3)
+    assert s.beta == RECIPES["toy"]["beta"] and s.sampling.max_new_tokens == 8
+
+
+def test_an_unknown_flag_or_an_abbreviation_is_an_error():
+    """`--iter 5` that means something else once a new flag begins the same."""
+    with pytest.raises(SystemExit):
+        settings.read(["--iter", "5"])
+
+
+@pytest.mark.parametrize("recipe, expected", [
+    # 61,135 // 4 = 15,283 prompts; / 256 = 60 updates; a tenth = 6
+    ("zephyr-7b-sft", [("0", "15283", "0", "0", "5e-07", "60", "6"),
+                       ("3", "15283", "15283", "0.001", "1e-07", "60", "6")]),
+    # 61,135 // 3 = 20,378; / 128 = 160 updates
+    ("llama-3-8b-instruct", [("1", "20378", "20378", "0.0001", "5e-07", "160", "16")]),
+    ("phi-3-mini", [("2", "20378", "20378", "0.001", "3e-07", "160", "16")])])
+def test_the_plan_has_the_papers_numbers(recipe, expected):
+    """Recipe figures that drift from the paper."""
+    s = settings.read(["--model", recipe])
+    plan = settings.plan(s, settings.KNOWN_PROMPTS[s.data], "the paper's count")
+    lines = [tuple(line.split()[:7]) for line in plan.splitlines() if line[:1].isdigit()]
+    for row in expected:
+        assert row in lines
