@@ -22,15 +22,11 @@ Legend: B prompts, K distinct responses of one, R responses of all, T tokens of 
 N response tokens of a micro-batch.
 """
 
-import os
 import random
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoTokenizer
 
 # ----------------------------------------------------------------------------------------------
 # 1. Preference records {"prompt_id", "prompt": messages, "data_chosen", "data_rejected"} (strings)
@@ -65,23 +61,6 @@ def split_portions(records, portions, limit=None, seed=0):
     return result
 
 
-def hold_out(records, count, seed=0):
-    """(training records, held-out records): `count` prompts, one record of each, as long as they
-    take no more than a fifth of the records with them (a small file is mostly for training)."""
-    shuffled, held_out, gone = random.Random(seed).sample(records, len(records)), [], 0
-    for group in by_prompt(shuffled).values():
-        if len(held_out) < count and gone + len(group) <= len(records) // 5:
-            held_out.append(group[0])
-            gone += len(group)
-    return leave_out(shuffled, held_out), held_out
-
-
-def leave_out(records, held_out):
-    """The records whose prompt is not held out, whatever their ids say."""
-    known = set(map(prompt_key, held_out))
-    return [record for record in records if prompt_key(record) not in known]
-
-
 def by_prompt(records):
     """{prompt_key: its records}, both in order of appearance."""
     groups = {}
@@ -97,202 +76,49 @@ def prompt_key(record):
 
 
 # ----------------------------------------------------------------------------------------------
-# 2. Text to ids and back: the chat template, read instead of assumed
+# 2. A record's candidates, as ids
 # ----------------------------------------------------------------------------------------------
 
 
-class ChatFormat:
-    """Messages and responses -> ids, and ids -> what a judge reads, by one tokenizer's template.
+def encode(records, chat, max_prompt_length, max_length):
+    """Yields (record, prompt ids, [ids of data_chosen, of data_rejected]), cut to the limits.
 
-    The template is read, never assumed. A response is what its own rendering of the finished
-    conversation puts behind the rendering of the prompt, up to the end-of-turn token, once:
-
-        prompt    <s>[INST] hi [/INST]
-        finished  <s>[INST] hi [/INST] hello </s>      (Llama-2: both spaces are the template's)
-        response                      ^^^^^^^^^^^      lead " ", answer, tail " ", end "</s>"
-
-    The role's header (<|im_start|>assistant) belongs to the prompt: as a label it would cancel in
-    DPO but not in the optimism term. ValueError, one line, for a template that works otherwise.
-
-    end_id    the template's own end of turn (</s>, <|eot_id|>, <|im_end|>, ...): often NOT eos
-    stop_ids  what ends a sampled response: end_id, eos, and `model_stop_ids` of generation_config
-    bos_id    what texts begin with, or None; `cut` keeps it
-    note      None, or what was done to make the template usable; the caller prints it
+    chat: harness.template.ChatFormat. It tokenises many texts in one call, which is far faster.
     """
-
-    def __init__(self, tokenizer, model_stop_ids=()):
-        self.tokenizer, self.switch, self.note = tokenizer, {}, None
-        added = {i: token for i, token in tokenizer.added_tokens_decoder.items()
-                 if token.content.strip() not in ("", "<think>", "</think>")}  # "": runs of spaces
-        self.marks = set(added)  # <|im_end|>, <|channel|>, ...
-        self.hidden = {i for i, token in added.items() if token.special}
-        try:
-            self._read_template()
-        except ValueError as reason:
-            self.switch = {"enable_thinking": False}  # Qwen3's name for it, SmolLM3's and GLM's
-            try:
-                self._read_template()
-            except ValueError:
-                raise reason from None
-            self.note = f"{str(reason).partition(';')[0]}: enable_thinking=False is set for it"
-        self.stop_ids = {self.end_id, tokenizer.eos_token_id, *model_stop_ids} - {None}
-
-    def prompt_ids(self, messages):
-        return self.prompts_ids([messages])[0]
-
-    def response_ids(self, messages, text):
-        return self.responses_ids([(messages, text)])[0]
-
-    def prompts_ids(self, conversations):
-        """Message lists -> lists of ids, up to and including the assistant's header."""
-        rows = self._tokenise([self._apply(messages, add_generation_prompt=True)
-                               for messages in conversations])
-        return [ids if ids[:1] == self.adds_bos else self.adds_bos + ids for ids in rows]
-
-    def responses_ids(self, pairs):
-        """(messages, response text) pairs -> lists of ids that end with the end token, once.
-
-        DEVIATION: tokenised behind the prompt, which is then cut off, not by themselves.
-        SentencePiece would otherwise put a space before the first word that the policy never
-        samples there, and the data's responses would look unlikely for no reason.
-        """
-        rendered = [self.render(messages, text) for messages, text in pairs]
-        prompts = list(dict.fromkeys(prompt for prompt, _ in rendered))
-        prompts = dict(zip(prompts, self._tokenise(prompts)))
-        finished = self._tokenise([prompt + response for prompt, response in rendered])
-        return [ids[len(prompts[prompt]):] if ids[:len(prompts[prompt])] == prompts[prompt]
-                else self._apart(response) for ids, (prompt, response) in zip(finished, rendered)]
-
-    def _apart(self, response):
-        """A token has grown over the border (the header ends with a newline and the text begins
-        with one). The sampler sees the prompt's ids as they are, so the response needs ids of its
-        own: behind a neighbour that does not merge with it, for SentencePiece's sake."""
-        for neighbour in ("x", ":", self.end, ""):
-            before, ids = self._tokenise([neighbour, neighbour + response])
-            if ids[:len(before)] == before:
-                return ids[len(before):]
-
-    def _tokenise(self, texts):
-        """Ids of many texts, nothing added: thousands a call, which is twice as fast as one."""
-        return [ids for start in range(0, len(texts), 1000) for ids in self.tokenizer(
-            texts[start:start + 1000], add_special_tokens=False)["input_ids"]]
-
-    def text(self, ids):
-        """What a judge reads of a response's ids, sampled or the data's, cut or whole: the answer
-        without what the template puts around it, without special tokens, without a thought."""
-        ended = bool(ids) and ids[-1] in self.stop_ids
-        ids, n = list(ids[:-1] if ended else ids), len(self.channel)
-        starts = [i + n for i in range(len(ids) - n + 1) if ids[i:i + n] == self.channel]
-        if n and (starts or ids[:1] == self.channel[:1]):  # another channel only: no answer yet
-            ids = ids[starts[-1]:] if starts else []
-        text = self._decode(ids).removeprefix(self.lead_text)
-        return strip_thought(text.removesuffix(self.tail) if ended else text)
-
-    def _decode(self, ids):
-        return self.tokenizer.decode([i for i in ids if i not in self.hidden],
-                                     clean_up_tokenization_spaces=False)
-
-    def render(self, messages, text):
-        """(prompt, response) as the template writes them. ValueError, which is about this row,
-        where the template refuses the conversation or takes it apart."""
-        prompt = self._apply(messages, add_generation_prompt=True)
-        response = self._behind(prompt, messages, text) + self.added_end
-        # A quoted end token ends the response too: the policy could say nothing behind it.
-        at = response.find(self.end, len(self.lead) if response.startswith(self.lead) else 0)
-        if at < 0:
-            raise ValueError(f"the chat template does not close this answer with {self.end}")
-        return prompt, response[:at + len(self.end)]
-
-    def _behind(self, prompt, messages, text):
-        """What the template's finished conversation has behind the rendered prompt."""
-        finished = self._apply([*messages, {"role": "assistant", "content": text}])
-        if not finished.startswith(prompt):
-            same = len(os.path.commonprefix([finished, prompt]))
-            raise ValueError(
-                "the chat template's finished conversation does not begin with its own prompt: it "
-                f"has {finished[same:same + 20]!r} where the prompt has "
-                f"{prompt[same:same + 20]!r}; fix it with --chat-template")
-        return finished[len(prompt):]
-
-    def _apply(self, messages, **more):
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, **self.switch, **more)
-        except Exception as error:  # a template is a program: anything may go wrong in it
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"the chat template refuses the conversation: {reason}") from None
-
-    def _read_template(self):
-        """Renders one finished conversation, and reads off it what stands around the answer."""
-        question, answer = [{"role": "user", "content": "Question"}], "An answer, 42."
-        prompt = self._apply(question, add_generation_prompt=True)
-        if prompt.rfind("<think>") > prompt.rfind("</think>"):
-            raise ValueError("the chat template's generation prompt opens a thought (<think>), "
-                             "which the data's responses do not have; fix it with --chat-template")
-        self.lead, found, after = self._behind(prompt, question, answer).partition(answer)
-        if not found:
-            raise ValueError("the chat template does not show the assistant's answer; fix it with "
-                             "--chat-template")
-        lead_ids, after_ids, bare, ids = self._tokenise([self.lead, after, "x", prompt])
-        end_ids = [i for i in after_ids if i in self.marks]
-        if not end_ids and (after.strip() or self.tokenizer.eos_token_id is None):
-            raise ValueError("the chat template does not close the assistant's turn with a special "
-                             "token, and no response can end without; fix it with --chat-template")
-        self.end_id = end_ids[0] if end_ids else self.tokenizer.eos_token_id
-        self.end = self.tokenizer.convert_ids_to_tokens(self.end_id)
-        self.tail, self.added_end = after.partition(self.end)[0], "" if end_ids else self.end
-        opening = [k for k, i in enumerate(lead_ids, 1) if i in self.marks]
-        self.channel = lead_ids[:opening[-1]] if opening else []  # <|channel|>final<|message|>
-        self.lead_text = self._decode(lead_ids)
-        # Zephyr's template has no BOS, but its tokenizer begins every text with one: the authors'
-        # code puts it before the prompt, and `apply_chat_template` alone never would.
-        own = self.tokenizer("x")["input_ids"]
-        self.adds_bos = own[:1] if own[:1] != bare[:1] else []
-        bos = self.adds_bos or [i for i in ids[:1] if i == self.tokenizer.bos_token_id]
-        self.bos_id = bos[0] if bos else None
+    prompts = chat.prompts_ids([record["prompt"] for record in records])
+    responses = iter(chat.responses_ids([(record["prompt"], record[source]) for record in records
+                                         for source in ("data_chosen", "data_rejected")]))
+    for record, prompt in zip(records, prompts):
+        prompt = cut_prompt(prompt, max_prompt_length, chat.bos_id)
+        room = max_length - len(prompt)  # one for all: more room for one would be a bias
+        yield record, prompt, [next(responses)[:room], next(responses)[:room]]
 
 
-def strip_thought(text):
-    """The answer without <think>...</think>; "" where the first thought was never closed."""
-    answer = re.sub(r"(\A\s*)?<think>.*?</think>\s*", "", text, flags=re.DOTALL)
-    return "" if answer.lstrip().startswith("<think>") else answer
-
-
-def cut(prompt_ids, responses, max_prompt_length, max_length, bos_id=None):
-    """Prompts lose their left end but never their BOS, responses their right end: (prompt ids, list
-    of response ids). One rule for all responses of a prompt: more room for one would be a bias."""
+def cut_prompt(prompt_ids, max_prompt_length, bos_id=None):
+    """Prompts lose their left end, but never their BOS. (Responses lose their right one.)"""
     over = len(prompt_ids) - max_prompt_length
-    if over > 0:
-        bos = prompt_ids[:1] if prompt_ids[0] == bos_id else []
-        prompt_ids = bos + prompt_ids[over + len(bos):]
-    return prompt_ids, [ids[:max_length - len(prompt_ids)] for ids in responses]
+    if over <= 0:
+        return prompt_ids
+    bos = prompt_ids[:1] if prompt_ids[0] == bos_id else []
+    return bos + prompt_ids[over + len(bos):]
 
 
-def load_tokenizer(path, chat_template=None):
-    """The tokenizer of a hub id, folder or .gguf file; `chat_template`: a Jinja file that replaces
-    the tokenizer's own. ValueError where there is no chat template at all."""
-    path = str(path)
-    gguf = {"gguf_file": os.path.basename(path)} if path.endswith(".gguf") else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            os.path.dirname(path) or "." if gguf else path, trust_remote_code=False, **gguf)
-    except Exception as error:
-        raise ValueError(f"--model {path}: no tokenizer could be loaded "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
-    if chat_template:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--chat-template {chat_template}: cannot be read "
-                             f"({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
-    if not tokenizer.chat_template:
-        raise ValueError(f"--model {path}: its tokenizer has no chat template; it may be a base "
-                         "model. Pass one with --chat-template FILE (Jinja)")
-    return tokenizer
+def make_row(record, prompt_ids, responses, samples, chat):
+    """A row of pairs.jsonl before the ranking: the DISTINCT responses of a prompt, each with all
+    its sources. samples: lists of ids, kept as they were sampled (their text may be tokenised in
+    several ways); responses: the data's two. What is judged is the text of the kept ids."""
+    sources = {}
+    for source, ids in [*zip(("data_chosen", "data_rejected"), responses),
+                        *(("sampled", y) for y in samples)]:
+        sources.setdefault(tuple(ids), []).append(source)
+    return {"prompt_id": record["prompt_id"], "prompt": record["prompt"],
+            "prompt_ids": prompt_ids, "dropped": None, "candidates": [
+                {"sources": names, "text": chat.text(ids), "ids": list(ids),
+                 "finished": ids[-1] in chat.stop_ids} for ids, names in sources.items()]}
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. Trees, and packing them into micro-batches
+# 3. Trees: the candidates that the loss needs, and their roles
 # ----------------------------------------------------------------------------------------------
 
 
@@ -333,22 +159,9 @@ def make_tree(row, alpha, logps=None):
                 used, row["prompt_id"])
 
 
-@dataclass
-class MicroBatch:
-    """What one forward pass takes. `rows` is 1 for packed trees and R for plain padded rows."""
-    input_ids: torch.Tensor  # (rows, T)
-    position_ids: torch.Tensor  # (rows, T)
-    attention_mask: torch.Tensor  # (rows, T) for plain rows; None for packed ones
-    layout: list  # packed: a (prompt length, [response lengths]) a tree; plain: None
-    predicted_from: torch.Tensor  # (N,) index into the rows * T hidden states
-    targets: torch.Tensor  # (N,)
-    response_index: torch.Tensor  # (N,) in [0, R)
-    responses: int  # R
-
-    def to(self, device):
-        moved = {name: value.to(device) for name, value in vars(self).items()
-                 if isinstance(value, torch.Tensor)}
-        return MicroBatch(**{**vars(self), **moved})
+# ----------------------------------------------------------------------------------------------
+# 4. Batches and micro-batches
+# ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -412,6 +225,29 @@ def plan_plain_rows(sizes, tokens_per_forward):
             rows = sizes[i].rows
         groups[-1].append(i)
     return groups
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. Packing a micro-batch
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MicroBatch:
+    """What one forward pass takes. `rows` is 1 for packed trees and R for plain padded rows."""
+    input_ids: torch.Tensor  # (rows, T)
+    position_ids: torch.Tensor  # (rows, T)
+    attention_mask: torch.Tensor  # (rows, T) for plain rows; None for packed ones
+    layout: list  # packed: a (prompt length, [response lengths]) a tree; plain: None
+    predicted_from: torch.Tensor  # (N,) index into the rows * T hidden states
+    targets: torch.Tensor  # (N,)
+    response_index: torch.Tensor  # (N,) in [0, R)
+    responses: int  # R
+
+    def to(self, device):
+        moved = {name: value.to(device) for name, value in vars(self).items()
+                 if isinstance(value, torch.Tensor)}
+        return MicroBatch(**{**vars(self), **moved})
 
 
 def pack(trees):

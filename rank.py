@@ -18,8 +18,8 @@ pairs of all prompts stand in one queue sorted by length, each example is cut by
 candidates are never compared, and attention moves half the memory (`disentangled_attention`). That
 the numbers are llm-blender's own is what tests/test_rank.py shows, on the same weights.
 
-Leaves to others: reward models, your own function, you, and the command line below
-(harness/judges.py); the loss (selm.py).
+Leaves to others: loading its weights, reward models, your own function, you, and the command line
+below (harness/judges.py); the loss (selm.py).
 
     python rank.py --input candidates.jsonl --ranker pairrm --output ranked.jsonl
 Test: pytest tests/test_rank.py.   Speed: experiments/benchmark_rank.py.   Next: train_loop.py.
@@ -31,10 +31,8 @@ H hidden size, h attention heads, d = H / h, P relative-position embeddings.
 import functools
 import hashlib
 import itertools
-import json
 import math
 import re
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +60,29 @@ def choose_pair(scores, texts):
     return order[0], order[-1]
 
 
+def give_roles(row, scores):
+    """Adds to a row of pairs.jsonl its roles, as indices into its candidates: chosen, rejected and
+    sampled; scores: one a candidate, or None for the data's own pair.
+
+    Where all candidates are equal there is no pair, and both roles are the same response: the DPO
+    part is then ln 2 without gradient, and the optimism term is left, as Algorithm 1 has it. Only
+    an empty response of the DATA drops a row: a sample that ends at once may lose like any other.
+    """
+    candidates, texts = row["candidates"], [c["text"] for c in row["candidates"]]
+    index = {source: i for i, c in enumerate(candidates) for source in c["sources"]}
+    row["sampled"] = [i for i, c in enumerate(candidates) for source in c["sources"]
+                      if source == "sampled"]
+    pair = index["data_chosen"], index["data_rejected"]
+    if scores:
+        pair = choose_pair(scores, texts) or (row["sampled"][0],) * 2
+        for candidate, score in zip(candidates, scores):
+            candidate["score"] = score
+    row["chosen"], row["rejected"] = pair
+    if not all(texts[index[source]].strip() for source in ("data_chosen", "data_rejected")):
+        row["dropped"] = "empty response in the data"
+    return row
+
+
 # ----------------------------------------------------------------------------------------------
 # 2. PairRM
 # ----------------------------------------------------------------------------------------------
@@ -70,7 +91,7 @@ def choose_pair(scores, texts):
 class PairRM(nn.Module):
     """PairRM's inference; parameters are named as in llm-blender's checkpoints.
 
-    config: DebertaV2Config; tokenizer: DeBERTa-v2 style ([CLS] text [SEP]). Use `load` for weights.
+    config: DebertaV2Config; tokenizer: DeBERTa-v2 style ([CLS] text [SEP]). harness.judges loads it.
     """
 
     # The order in which llm-blender adds them to DeBERTa's 128,001 tokens: ids 128001 to 128004.
@@ -162,70 +183,6 @@ class PairRM(nn.Module):
         source_ids = cut(ids[0], self.SOURCE_TOKENS)
         room = (self.TOTAL_TOKENS - len(source_ids)) // 2
         return source_ids, [cut(row, room) for row in ids[1:]]
-
-    @classmethod
-    def load(cls, name, device="cpu"):
-        """PairRM from a folder or hub id: bf16 body on CUDA, fp32 elsewhere; the head always fp32.
-
-        ValueError where it is no PairRM, or not whole: weights that are missing would be random.
-        """
-        from safetensors.torch import load_file
-        folder = safetensors_folder(name)
-        state = {key: value for file in sorted(folder.glob("*.safetensors"))
-                 for key, value in load_file(file).items()}
-        words, last = "pretrained_model.embeddings.word_embeddings.weight", "head_layer.4.weight"
-        if words not in state or last not in state:
-            raise ValueError(f"not a PairRM, it lacks {words} or {last}. If it is a reward model, "
-                             f"use reward:{name}")
-        try:
-            config, tokenizer = cls._config_and_tokenizer(folder)
-        except Exception as error:  # transformers has a dozen kinds
-            raise ValueError(f"{folder}: no usable config.json or tokenizer "
-                             f"({type(error).__name__}: {error})") from error
-        config.vocab_size = state[words].shape[0]
-        model = cls(config, tokenizer, n_tasks=state[last].shape[0])
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        unexpected = [key for key in unexpected if not key.endswith("position_ids")]  # old buffer
-        if missing or unexpected:
-            raise ValueError(f"{folder}: its weights do not fit its config.json: missing "
-                             f"{missing[:3]}, unexpected {unexpected[:3]}")
-        if torch.device(device).type == "cuda":
-            model.pretrained_model.bfloat16()
-        model.head_layer.float()
-        return model.to(device)
-
-    @staticmethod
-    def _config_and_tokenizer(folder):
-        """llm-blender/PairRM-hf holds a DeBERTa config. llm-blender/PairRM holds llm-blender's own,
-        whose model_type "deberta" transformers would read as DeBERTa v1: there the architecture,
-        and the tokenizer if it has none, come from the base model that it names."""
-        from transformers import AutoTokenizer, DebertaV2Config, PreTrainedTokenizerFast
-        raw = json.loads((folder / "config.json").read_text())
-        base = raw["model_name"] if "ranker_type" in raw else folder
-        if (folder / "tokenizer.json").exists():
-            # Exactly the stored pipeline. The DebertaV2Tokenizer of transformers 5 would rebuild it
-            # from the vocabulary and drop SentencePiece's character normalisation.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-        return DebertaV2Config.from_pretrained(base), tokenizer
-
-
-def safetensors_folder(name):
-    """`name` itself if it is a folder, else the hub's snapshot of it. ValueError where there is
-    none, or where its weights are not safetensors: a .bin is a pickle, and can run code."""
-    folder, wanted = Path(name), ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=wanted))
-        except Exception as error:  # the hub raises a dozen kinds; all mean the same to the user
-            raise ValueError("neither a folder here nor a model that the hub would give "
-                             f"({type(error).__name__}: {error})") from error
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder}: no .safetensors file (a .bin is refused: it can run code); "
-                         "convert it, or name another model")
-    return folder
 
 
 # ----------------------------------------------------------------------------------------------

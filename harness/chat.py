@@ -20,10 +20,9 @@ from pathlib import Path
 import torch
 import transformers
 
-import data
 import model as policies
 import sample
-from harness import samplers
+from harness import samplers, template, weights
 from harness.rundir import write_text
 
 MAX_NEW_TOKENS = 512  # where the user names no limit and the context has room
@@ -128,12 +127,12 @@ def read_instructions(path):
 
 def load_answerer(args):
     """Returns a function from message lists to texts."""
-    policies.load_config(args.model)  # first: what is no model at all is named by this
-    tokenizer = data.load_tokenizer(args.model, args.chat_template)
-    chat = data.ChatFormat(tokenizer)
+    weights.load_config(args.model)  # first: what is no model at all is named by this
+    tokenizer = template.load_tokenizer(args.model, args.chat_template)
+    chat = template.ChatFormat(tokenizer)
     dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    model = policies.load_model(args.model, getattr(torch, dtype), args.device)
-    stop_ids = chat.stop_ids | policies.model_stop_ids(model)
+    model = weights.load_model(args.model, getattr(torch, dtype), args.device)
+    stop_ids = chat.stop_ids | weights.model_stop_ids(model)
     seeds = itertools.count(args.seed * 1_000_003)  # a chat's next turn goes on where the last was
     sampler, probed = None, 0
 

@@ -45,7 +45,7 @@ import torch
 from tqdm import tqdm
 
 from harness.rundir import printable, write_jsonl
-from rank import PairRM, choose_pair, length_batches, pad_rows, pairrm_texts, safetensors_folder
+from rank import PairRM, choose_pair, length_batches, pad_rows, pairrm_texts
 
 SPECS = "pairrm[:ID] | reward:ID | FILE.py:FUNCTION | human | oracle (toy world only)"
 
@@ -65,7 +65,7 @@ def load_judge(spec, device="cpu", tokens_per_forward=8192, oracle=None, seed=0,
     own_file = re.fullmatch(r"(.+\.py):(\w+)", spec)
     try:
         if kind == "pairrm":
-            model = PairRM.load(rest or "llm-blender/PairRM-hf", device)
+            model = load_pairrm(rest or "llm-blender/PairRM-hf", device)
             model.tokens_per_forward = tokens_per_forward
             return judge(model.scores, lambda prompt: pairrm_texts(prompt, []), 32, is_model=True)
         if kind == "reward" and rest:
@@ -286,7 +286,76 @@ def read_kept(path):
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. Reward models, your function, you
+# 3. PairRM's weights
+# ----------------------------------------------------------------------------------------------
+
+
+def load_pairrm(name, device="cpu"):
+    """PairRM from a folder or hub id: bf16 body on CUDA, fp32 elsewhere; the head always fp32.
+
+    ValueError where it is no PairRM, or not whole: weights that are missing would be random.
+    """
+    from safetensors.torch import load_file
+    folder = safetensors_folder(name)
+    state = {key: value for file in sorted(folder.glob("*.safetensors"))
+             for key, value in load_file(file).items()}
+    words, last = "pretrained_model.embeddings.word_embeddings.weight", "head_layer.4.weight"
+    if words not in state or last not in state:
+        raise ValueError(f"not a PairRM, it lacks {words} or {last}. If it is a reward model, "
+                         f"use reward:{name}")
+    try:
+        config, tokenizer = _pairrm_config(folder)
+    except Exception as error:  # transformers has a dozen kinds
+        raise ValueError(f"{folder}: no usable config.json or tokenizer "
+                         f"({type(error).__name__}: {error})") from error
+    config.vocab_size = state[words].shape[0]
+    model = PairRM(config, tokenizer, n_tasks=state[last].shape[0])
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    unexpected = [key for key in unexpected if not key.endswith("position_ids")]  # old buffer
+    if missing or unexpected:
+        raise ValueError(f"{folder}: its weights do not fit its config.json: missing "
+                         f"{missing[:3]}, unexpected {unexpected[:3]}")
+    if torch.device(device).type == "cuda":
+        model.pretrained_model.bfloat16()
+    model.head_layer.float()
+    return model.to(device)
+
+
+def _pairrm_config(folder):
+    """llm-blender/PairRM-hf holds a DeBERTa config. llm-blender/PairRM holds llm-blender's own,
+    whose model_type "deberta" transformers would read as DeBERTa v1: there the architecture,
+    and the tokenizer if it has none, come from the base model that it names."""
+    from transformers import AutoTokenizer, DebertaV2Config, PreTrainedTokenizerFast
+    raw = json.loads((folder / "config.json").read_text())
+    base = raw["model_name"] if "ranker_type" in raw else folder
+    if (folder / "tokenizer.json").exists():
+        # Exactly the stored pipeline. The DebertaV2Tokenizer of transformers 5 would rebuild it
+        # from the vocabulary and drop SentencePiece's character normalisation.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    return DebertaV2Config.from_pretrained(base), tokenizer
+
+
+def safetensors_folder(name):
+    """`name` itself if it is a folder, else the hub's snapshot of it. ValueError where there is
+    none, or where its weights are not safetensors: a .bin is a pickle, and can run code."""
+    folder, wanted = Path(name), ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=wanted))
+        except Exception as error:  # the hub raises a dozen kinds; all mean the same to the user
+            raise ValueError("neither a folder here nor a model that the hub would give "
+                             f"({type(error).__name__}: {error})") from error
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder}: no .safetensors file (a .bin is refused: it can run code); "
+                         "convert it, or name another model")
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Reward models, your function, you
 # ----------------------------------------------------------------------------------------------
 
 
@@ -447,7 +516,7 @@ def ask_number(what, count, taken):
 
 
 # ----------------------------------------------------------------------------------------------
-# 4. The command line of rank.py
+# 5. The command line of rank.py
 # ----------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ import torch
 import data
 import model as policies
 import sample
-from harness import judges, rows, samplers, settings as flags, toy
+from harness import judges, rows, samplers, settings as flags, template, toy, weights
 from harness.rundir import Run, fingerprint
 from harness.scale import PROCESS, only_first, say
 
@@ -30,7 +30,7 @@ class Inputs:
     judge: judges.Judge
     made_from: dict  # what a run is known by: name -> JSON value
     files: list  # (flag, path) of local files: --fresh must not delete them
-    chat: data.ChatFormat | None = None
+    chat: template.ChatFormat | None = None
     sampler: tuple = ()  # (generate, attention), see Start
     records: list = ()
     held_out: list = ()
@@ -41,7 +41,7 @@ class Start:
     """What Algorithm 1 starts from; the arms of a seed share it."""
     run: Run  # records what they share: the unpacked policy, the world, the start's evaluation
     policy: str
-    chat: data.ChatFormat
+    chat: template.ChatFormat
     generate: object  # sample.generate, or what samples an architecture that it would get wrong,
     attention: str  # under this attention
     judge: judges.Judge
@@ -96,17 +96,17 @@ def with_data(inputs, s):
 
 def read_model(s):
     """The chat format of the start model, whose tokenizer and limits fit. ValueError."""
-    config = policies.load_config(s.model)
+    config = weights.load_config(s.model)
     context = sample.context_length(config)
     if s.max_length > context:
         raise ValueError(f"--max-length {s.max_length} exceeds the context of {s.model}, {context}")
-    tokenizer = data.load_tokenizer(s.model, s.chat_template)
+    tokenizer = template.load_tokenizer(s.model, s.chat_template)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"{s.model}: the tokenizer knows {len(tokenizer)} tokens, the model only "
             f"{config.vocab_size}; if tokens were added to it, call model.resize_token_embeddings("
             "len(tokenizer)) once and save the model, else the two do not belong together")
-    chat = data.ChatFormat(tokenizer, policies.model_stop_ids(s.model))
+    chat = template.ChatFormat(tokenizer, weights.model_stop_ids(s.model))
     if chat.note:
         say(f"{s.model}: {chat.note}")
     return chat
@@ -121,10 +121,10 @@ def read_data(s):
     if s.variant:
         held_out = read(Path(s.data).with_name("test.jsonl"))[:wanted]
     elif Path(s.data).exists():
-        return data.hold_out(records, wanted, s.seed)
+        return rows.hold_out(records, wanted, s.seed)
     else:
         held_out = read(s.data, "test_prefs")[:wanted] if wanted else []
-    left = data.leave_out(records, held_out)
+    left = rows.leave_out(records, held_out)
     if len(left) < len(records):
         say(f"{len(records) - len(left)} rows have a held-out prompt and are left out of training")
     return left, held_out
@@ -138,7 +138,7 @@ def check_model(s, chat, records):
                         chat.response_ids(row["prompt"], row["data_rejected"])[:12]], 0, 1, [])
              for row in records[:2]]
     dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
-    model = policies.load_model(s.model, dtype, s.device, s.compute.attention)
+    model = weights.load_model(s.model, dtype, s.device, s.compute.attention)
     policies.self_check(policies.Policy(model), data.pad if s.plain_rows else data.pack, trees,
                         s.max_length, packed=not s.plain_rows)
     generate = samplers.choose_sampler(
@@ -175,7 +175,7 @@ def source(name):
     """Of a local file or folder, its content; of a hub id, the name and the commit in the cache."""
     if Path(name).exists():
         return fingerprint(name)
-    return {name: getattr(policies.load_config(name), "_commit_hash", None)}
+    return {name: getattr(weights.load_config(name), "_commit_hash", None)}
 
 
 def judge_source(spec):
@@ -216,5 +216,5 @@ def build_world(path, seed, variant):
 
 
 def unpack(path, gguf, chat):
-    only_first(lambda: policies.save_policy(policies.Policy(policies.load_model(gguf)),
+    only_first(lambda: weights.save_policy(policies.Policy(weights.load_model(gguf)),
                                             chat.tokenizer, path, chat.stop_ids))

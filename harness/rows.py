@@ -16,12 +16,14 @@ import csv
 import hashlib
 import io
 import json
+import random
 import re
 from collections import Counter
 from pathlib import Path
 
-from data import strip_thought
+from data import by_prompt, prompt_key
 from harness.scale import say
+from harness.template import strip_thought
 
 ROLES = ("system", "user", "assistant", "tool")
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -56,6 +58,23 @@ def load_preferences(source, split="train_prefs", skip_bad_rows=False):
         if uses[record["prompt_id"]] > 1:
             record["prompt_id"] += f"-{digest[:16]}"
     return list(distinct.values())
+
+
+def hold_out(records, count, seed=0):
+    """(training records, held-out records): `count` prompts, one record of each, as long as they
+    take no more than a fifth of the records with them (a small file is mostly for training)."""
+    shuffled, held_out, gone = random.Random(seed).sample(records, len(records)), [], 0
+    for group in by_prompt(shuffled).values():
+        if len(held_out) < count and gone + len(group) <= len(records) // 5:
+            held_out.append(group[0])
+            gone += len(group)
+    return leave_out(shuffled, held_out), held_out
+
+
+def leave_out(records, held_out):
+    """The records whose prompt is not held out, whatever their ids say."""
+    known = set(map(prompt_key, held_out))
+    return [record for record in records if prompt_key(record) not in known]
 
 
 def check_rows(records, chat, judge_check=None, skip_bad_rows=False):

@@ -175,6 +175,14 @@ def save_checkpoint(folder, policy, optimizer, history):
     only_first(finish)
 
 
+def try_checkpoint(folder, policy, optimizer, history):
+    """The same, where a failure is no reason to lose the training."""
+    try:
+        save_checkpoint(folder, policy, optimizer, history)
+    except OSError as error:
+        say(f"warning: {error}")
+
+
 def load_checkpoint(folder, policy, optimizer):
     """Puts a checkpoint's state into policy and optimiser, in place -> its history.
 

@@ -57,36 +57,12 @@ RECIPES |= {f"toy-{name}": RECIPES["toy"] | dict(variant=name) for name in ("neu
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How y is sampled from a policy."""
-    max_prompt_length: int
-    max_length: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    slots: int
-    responses_per_prompt: int
-
-
-@dataclass(frozen=True)
 class Batching:
     """How trees become updates and micro-batches."""
     batch_size: int  # prompts an update, over all processes
     epochs: int
     tokens_per_forward: int
     plain_rows: bool
-
-
-@dataclass(frozen=True)
-class Optimising:
-    """AdamW, its schedule, and the objective it minimises."""
-    lr: float  # the peak of this iteration's schedule
-    adam_betas: tuple
-    adam_eps: float
-    max_grad_norm: float
-    alpha: float
-    beta: float
-    save_every: int
 
 
 @dataclass(frozen=True)
@@ -117,6 +93,7 @@ class Settings:
     run_dir: Path
     alpha: float
     beta: float
+    optimism: str
     reference: str
     iterations: int
     offline_first: bool
@@ -170,9 +147,7 @@ class Settings:
     def _group(self, kind):
         return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
 
-    sampling = property(lambda self: self._group(Sampling))
     batching = property(lambda self: self._group(Batching))
-    optimising = property(lambda self: self._group(Optimising))
     compute = property(lambda self: self._group(Compute))
 
     def as_dict(self):
@@ -198,6 +173,9 @@ FLAGS = {
     "the method": {
         "alpha": dict(type=float, help="optimism; 0 is iterative DPO; paper: 5e-3 .. 1e-4"),
         "beta": dict(type=float, help="strength of the KL anchor; paper: 0.01"),
+        "optimism": dict(choices=["selm", "xpo", "popo"], default="selm", help="the term that "
+                         "alpha scales: alpha beta r(y), r = log pi/pi_ref (SELM); alpha log pi(y) "
+                         "(XPO); alpha / beta (sigmoid(beta r) - 1/2) (POPO)"),
         "reference": dict(choices=["previous", "initial"], default="previous", help="previous: "
                           "Algorithm 1; initial: a KL anchor that stays at the first model"),
         "iterations": dict(type=int, help="portions the prompts are split into"),

@@ -17,7 +17,7 @@ import model as policies
 import sample
 import train_loop
 from conftest import SIZES, VOCABULARY, make_tokenizer
-from harness import samplers
+from harness import samplers, weights
 
 WINDOW = 9  # shorter than the test's rows
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -184,7 +184,7 @@ def plain_logps(model, trees):
 
 def check(folder, packed, trees, **options):
     """A policy that the self-check has passed."""
-    model = policies.load_model(folder, attention="selm_tree" if packed else "eager")
+    model = weights.load_model(folder, attention="selm_tree" if packed else "eager")
     policy = policies.Policy(model, **options)
     policies.self_check(policy, data.pack if packed else data.pad, trees,
                         sample.context_length(model.config), packed=packed)
@@ -232,7 +232,7 @@ def test_greedy_tokens_are_those_of_model_generate_or_it_is_refused(case):
     """A cap or sink that sdpa drops, boolean masks added as numbers, a local window that counts
     from another row's position, a router loss that breaks on our mask."""
     folder, _, sampled, oracle = case
-    model, notes = policies.load_model(folder), []
+    model, notes = weights.load_model(folder), []
     prompts = [tree.prompt_ids for tree in make_trees(2, [(n, ()) for n in (5, 2, 12, 45, 8)])]
     if sampled == "refused":
         with pytest.raises(ValueError, match="not a causal language model") as error:
@@ -256,7 +256,7 @@ def test_one_long_row_cannot_change_its_neighbours(tmp_path):
     """longrope turns all positions of a forward pass once one row is long: a log-prob moved by 1.15
     nats with --tokens-per-forward. Rows end below that; the self-check would see it too."""
     save_random(tmp_path, TABLE["longrope"][0])
-    model = policies.load_model(tmp_path)
+    model = weights.load_model(tmp_path)
     assert sample.context_length(model.config) == 96
     trees = make_trees(0, ((5, (4, 7)), (120, (6,))))
     for make, packed in ((data.pack, True), (data.pad, False)):

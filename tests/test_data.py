@@ -1,19 +1,13 @@
-"""Portions, the tokenisation contract for the recipes' chat templates, packing."""
+"""Portions, candidates, planning of updates, packing."""
 
 import random
-
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import data
-from conftest import END_TOKENS, TEMPLATES, make_tokenizer
-
-CHAT = [{"role": "user", "content": "hello there"},
-        {"role": "assistant", "content": "how are you?"},
-        {"role": "user", "content": "the cat sat"}]
-
+from harness import rows
 
 def record(prompt, number=0, name=None):
     return {"prompt_id": name or f"{prompt} {number}", "data_chosen": str(number),
@@ -89,96 +83,62 @@ def test_held_out_prompts_leave_training_with_all_their_pairs():
     """Held-out prompts that are trained on under another id (20 of 20 in one trial)."""
     unique = [record(str(i)) for i in range(100)]
     shuffled = random.Random(3).sample(unique, 100)
-    assert data.hold_out(unique, 8, 3) == (shuffled[8:], shuffled[:8])
-    assert data.hold_out(unique, 50, 3) == (shuffled[20:], shuffled[:20])  # a fifth at most
-    assert data.hold_out(unique, 0, 3) == (shuffled, [])
+    assert rows.hold_out(unique, 8, 3) == (shuffled[8:], shuffled[:8])
+    assert rows.hold_out(unique, 50, 3) == (shuffled[20:], shuffled[:20])  # a fifth at most
+    assert rows.hold_out(unique, 0, 3) == (shuffled, [])
     repeated = [record(str(i % 50), i) for i in range(200)]
-    training, held_out = data.hold_out(repeated, 8)
+    training, held_out = rows.hold_out(repeated, 8)
     assert len(held_out) == len(prompts(held_out)) == 8 and len(training) == 200 - 8 * 4
     assert not prompts(training) & prompts(held_out)
-    assert len(data.hold_out(repeated, 30)[1]) == 10  # 10 prompts take 40 of the 200 rows along
+    assert len(rows.hold_out(repeated, 30)[1]) == 10  # 10 prompts take 40 of the 200 rows along
     test_split = [record(" 7\n", name="other"), record("elsewhere")]
-    assert data.leave_out(unique, test_split) == unique[:7] + unique[8:]
+    assert rows.leave_out(unique, test_split) == unique[:7] + unique[8:]
 
 
 # ----------------------------------------------------------------------------------------------
-# The tokenisation contract
+# Candidates
 # ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=sorted(TEMPLATES))
-def chat(request):
-    tokenizer = make_tokenizer(request.param)
-    tokenizer.style = request.param
-    return data.ChatFormat(tokenizer)
+class Chat:
+    """One token a letter; what it says of text is not looked into here."""
+    bos_id, stop_ids = 5, {9}
 
+    def prompts_ids(self, conversations):
+        return [[5, *map(ord, messages[-1]["content"])] for messages in conversations]
 
-def test_the_end_token_is_the_templates_own(chat):
-    """Ending Llama-3 or ChatML turns with eos_token: the policy would never learn to stop."""
-    assert chat.tokenizer.convert_ids_to_tokens(chat.end_id) == END_TOKENS[chat.tokenizer.style]
+    def responses_ids(self, pairs):
+        return [[*map(ord, text), 9] for _, text in pairs]
 
-
-def test_a_prompt_has_exactly_the_bos_of_its_template_and_ends_with_the_header(chat):
-    """A second BOS from tokenising rendered text; a header that ends up among the labels."""
-    ids = chat.prompt_ids(CHAT)
-    text = chat.tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-    assert chat.tokenizer.decode(ids) == text
-    assert ids.count(chat.tokenizer.bos_token_id) == text.count("<s>")
-    assert ids.count(chat.tokenizer.bos_token_id) == (chat.tokenizer.style in ("llama3", "phi3"))
-    assert text.rstrip("\n").endswith(
-        ("assistant|>", "assistant<|end_header_id|>", "<|im_start|>assistant"))
-
-
-def test_prompt_plus_response_is_the_rendered_conversation(chat):
-    """Ids that differ from what the template would give: a lost newline, a doubled end token."""
-    answer = "how are you?"
-    whole = chat.tokenizer.apply_chat_template(
-        CHAT + [{"role": "assistant", "content": answer}], tokenize=True, return_dict=False)
-    ids = chat.prompt_ids(CHAT) + chat.response_ids(CHAT, answer)
-    assert list(whole)[:len(ids)] == ids  # a template may add a newline after the end token
-
-
-@pytest.mark.parametrize("text", ["hello", " hello", "\nhello", "hello </s> there", "", "日本 🙂"])
-def test_a_response_ends_with_the_end_token_once_and_has_no_bos(chat, text):
-    """A second end token, a BOS in the middle, text lost at the border to the header."""
-    if text.find("</s>") > 0:
-        text = text.replace("</s>", END_TOKENS[chat.tokenizer.style])
-    ids = chat.response_ids(CHAT, text)
-    assert ids[-1] == chat.end_id and ids.count(chat.end_id) == 1
-    assert chat.tokenizer.bos_token_id not in ids
-    text = text.strip() if chat.tokenizer.style == "llama3" else text  # its template trims
-    assert chat.tokenizer.decode(ids[:-1]) == text.partition(END_TOKENS[chat.tokenizer.style])[0]
-
-
-def test_a_model_without_a_chat_template_is_told_what_to_pass(tmp_path):
-    """A base model trained on text that no template separates."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="--chat-template FILE"):
-        data.load_tokenizer(tmp_path)
-    (tmp_path / "t.jinja").write_text(TEMPLATES["chatml"])
-    assert data.load_tokenizer(tmp_path, tmp_path / "t.jinja").chat_template == TEMPLATES["chatml"]
-    with pytest.raises(ValueError, match="absent.jinja: cannot be read .No such file"):
-        data.load_tokenizer(tmp_path, tmp_path / "absent.jinja")
-    (tmp_path / "t.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
-    with pytest.raises(ValueError, match="not UTF-8"):
-        data.load_tokenizer(tmp_path, tmp_path / "t.jinja")
+    def text(self, ids):
+        return "".join(chr(i) for i in ids if i != 9)
 
 
 def test_prompts_are_cut_from_the_left_and_all_responses_from_the_right_by_one_rule():
-    """Cutting the question off instead of the oldest context, or giving y more room than y_w."""
-    prompt, responses = data.cut(list(range(10)), [[1] * 9, [2] * 3, [3] * 7], 4, 9)
-    assert prompt == [6, 7, 8, 9]
-    assert responses == [[1] * 5, [2] * 3, [3] * 5]
+    """Cutting the question off instead of the oldest context, or giving one response more room."""
+    one = {"prompt": [{"role": "user", "content": "abcdefgh"}], "data_chosen": "k" * 9,
+           "data_rejected": "no"}
+    [(record, prompt, responses)] = data.encode([one], Chat(), 4, 9)
+    assert record is one and prompt == [5, *map(ord, "fgh")]
+    assert responses == [[ord("k")] * 5, [*map(ord, "no"), 9]]
 
 
 @pytest.mark.parametrize("limit, left", [(9, [5, 1, 2, 3]), (4, [5, 1, 2, 3]), (3, [5, 2, 3]),
                                          (1, [5])])
 def test_a_cut_prompt_keeps_its_bos(limit, left):
     """A policy that sees texts without the token with which all its texts began."""
-    assert data.cut([5, 1, 2, 3], [[7]], limit, 9, bos_id=5) == (left, [[7]])
-    assert data.cut([5, 1, 2, 3], [[7]], limit, 9, bos_id=4)[0] == [5, 1, 2, 3][-limit:]
+    assert data.cut_prompt([5, 1, 2, 3], limit, bos_id=5) == left
+    assert data.cut_prompt([5, 1, 2, 3], limit, bos_id=4) == [5, 1, 2, 3][-limit:]
+
+
+def test_a_row_holds_distinct_responses_with_all_their_sources():
+    """A third forward pass for a y that is the chosen text; a sample tokenised anew; a cut response
+    that passes for a finished one."""
+    made = data.make_row(record("hi"), [5, 7], [[65, 66, 9], [67, 68]], [[65, 66, 9], [65]], Chat())
+    assert [(c["sources"], c["ids"], c["text"], c["finished"]) for c in made["candidates"]] == [
+        (["data_chosen", "sampled"], [65, 66, 9], "AB", True),
+        (["data_rejected"], [67, 68], "CD", False), (["sampled"], [65], "A", False)]
+    assert made["prompt_ids"] == [5, 7] and made["prompt_id"] == "hi 0" and not made["dropped"]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import model as policies
 from conftest import ARCHITECTURES, SIZES, VOCABULARY, make_model, make_tokenizer
-from harness import scale
+from harness import scale, weights
 
 
 def make_trees(seed=0, sizes=((5, (4, 7)), (3, (6, 2, 9)), (11, (1,)))):
@@ -174,11 +174,11 @@ def test_a_model_whose_generation_config_contradicts_itself_can_still_be_saved(t
     make_model().save_pretrained(tmp_path / "hub")
     (tmp_path / "hub/generation_config.json").write_text(
         json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9}))
-    policy = policies.Policy(policies.load_model(tmp_path / "hub"))
+    policy = policies.Policy(weights.load_model(tmp_path / "hub"))
     tokenizer = make_tokenizer()
     tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
-    policies.save_policy(policy, tokenizer, tmp_path / "policy")
-    assert policies.load_model(tmp_path / "policy").generation_config.temperature is None
+    weights.save_policy(policy, tokenizer, tmp_path / "policy")
+    assert weights.load_model(tmp_path / "policy").generation_config.temperature is None
 
 
 @pytest.mark.parametrize("cap", [0.5, 1e6])
@@ -255,7 +255,7 @@ def test_lora_trains_adapters_only_and_saves_a_merged_plain_model(tmp_path):
         optimizer.step()
     after = policy(data.pack(make_trees())).detach()
     assert not torch.allclose(after, expected, atol=1e-3)
-    policies.save_policy(policy, make_tokenizer(), tmp_path / "policy")
+    weights.save_policy(policy, make_tokenizer(), tmp_path / "policy")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     torch.testing.assert_close(plain_logps(loaded, make_trees()), after, atol=1e-3, rtol=1e-4)
 
@@ -263,7 +263,7 @@ def test_lora_trains_adapters_only_and_saves_a_merged_plain_model(tmp_path):
 def test_a_saved_policy_loads_in_plain_transformers_and_generates(tmp_path):
     """A folder that only our own code can read."""
     policy = policies.Policy(make_model())
-    policies.save_policy(policy, make_tokenizer(), tmp_path / "policy")
+    weights.save_policy(policy, make_tokenizer(), tmp_path / "policy")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
     assert tokenizer.chat_template and not (tmp_path / "policy.tmp").exists()
@@ -278,14 +278,14 @@ def test_the_saved_policy_stops_where_our_sampler_stops(tmp_path):
     model = make_model(scale=3.0)
     with torch.no_grad():
         likeliest = model(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax().item()
-    policies.save_policy(policies.Policy(model), make_tokenizer(), tmp_path / "policy",
+    weights.save_policy(policies.Policy(model), make_tokenizer(), tmp_path / "policy",
                          {2, likeliest})
-    assert policies.model_stop_ids(tmp_path / "policy") == {2, likeliest}
+    assert weights.model_stop_ids(tmp_path / "policy") == {2, likeliest}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-    assert policies.model_stop_ids(loaded) == {2, likeliest}
+    assert weights.model_stop_ids(loaded) == {2, likeliest}
     text = loaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=9, do_sample=False)
     assert text.tolist() == [[5, 6, 7, likeliest]]
-    policies.save_policy(policies.Policy(loaded), make_tokenizer(), tmp_path / "policy",
+    weights.save_policy(policies.Policy(loaded), make_tokenizer(), tmp_path / "policy",
                          {likeliest})
     saved = json.loads((tmp_path / "policy/generation_config.json").read_text())
     assert saved["eos_token_id"] == likeliest
@@ -296,7 +296,7 @@ def test_a_policy_that_cannot_be_saved_leaves_the_old_one_and_no_half(tmp_path, 
     """NaN weights saved with exit 0; a full disk, kept full by half a policy; a traceback of the
     writer's own error class. The disk here is a limit on file sizes: a real error of the writer."""
     policy, tokenizer = policies.Policy(make_model()), make_tokenizer()
-    policies.save_policy(policy, tokenizer, tmp_path / "policy")
+    weights.save_policy(policy, tokenizer, tmp_path / "policy")
     before = (tmp_path / "policy/model.safetensors").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_a_policy_that_cannot_be_saved_leaves_the_old_one_and_no_half(tmp_path, 
             if fault == "disk":
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-            policies.save_policy(policy, tokenizer, tmp_path / "policy")
+            weights.save_policy(policy, tokenizer, tmp_path / "policy")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(error.value)
@@ -358,7 +358,7 @@ def test_a_model_folder_that_is_not_whole_and_plain_is_refused(tmp_path, monkeyp
     spoil(tmp_path / "model", fault)
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     with pytest.raises(ValueError, match=message) as error:
-        policies.load_model(tmp_path / "model")
+        weights.load_model(tmp_path / "model")
     assert "\n" not in str(error.value) and not (tmp_path / "model/ran").exists()
 
 
@@ -368,12 +368,12 @@ def test_surplus_weights_that_take_nothing_from_the_model_are_no_error(tmp_path)
     weights = tmp_path / "model/model.safetensors"
     save_file(load_file(weights) | {"v_head.weight": torch.zeros(3)}, weights,
               metadata={"format": "pt"})
-    assert policies.load_model(tmp_path / "model").config.num_hidden_layers == 2
+    assert weights.load_model(tmp_path / "model").config.num_hidden_layers == 2
 
 
 def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path):
     """Forty lines of a library's traceback for a misspelt folder."""
-    for load in (policies.load_model, policies.load_config):
+    for load in (weights.load_model, weights.load_config):
         with pytest.raises(ValueError, match="--model .*could") as error:
             load(tmp_path / "absent")
         assert "\n" not in str(error.value)

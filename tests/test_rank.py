@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.judges import load_judge
+from harness.judges import load_judge, load_pairrm
 from rank import PairRM, choose_pair, length_batches, pairrm_texts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -354,7 +354,7 @@ def test_the_real_pairrm_ranks_llm_blenders_own_examples_as_its_readme_says(name
     (the ranks) and pairrm_to_hf.ipynb (the two logits)."""
     if not online():
         pytest.skip("no model hub; where there is one: HF_HUB_OFFLINE=0 pytest -m hub")
-    model = PairRM.load(name)
+    model = load_pairrm(name)
     for row, ranks in zip(model.scores(MESSAGES[:2], CANDIDATES[:2]), [[3, 1, 2], [1, 3, 2]]):
         assert [1 + sum(other > score for other in row) for score in row] == ranks
     logits = our_logits(model, ["hello!", "I love you!"], ["hi!", "I hate you!"],

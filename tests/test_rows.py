@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-import data
 from conftest import TEMPLATES, make_tokenizer
 from harness.rows import check_rows, load_preferences
+from harness.template import ChatFormat
 
 CHAT = [{"role": "user", "content": "hello there"},
         {"role": "assistant", "content": "how are you?"},
@@ -325,7 +325,7 @@ def test_the_real_preference_file_parses(real_preferences):
 def chat_of(template):
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = template
-    return data.ChatFormat(tokenizer)
+    return ChatFormat(tokenizer)
 
 
 REFUSES_SYSTEM = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "

@@ -106,7 +106,7 @@ SHARDED = """
 import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch, torch.distributed as dist
 import data, model as policies
-from harness import scale
+from harness import scale, weights
 from conftest import make_model
 from test_model import make_trees
 dist.init_process_group("gloo")
@@ -119,7 +119,7 @@ for step in range(3):
     loss.backward(); optimizer.step(); optimizer.zero_grad()
     total = loss.detach() / dist.get_world_size()
     dist.all_reduce(total); losses.append(total.item())
-policies.save_policy(policy, __import__("conftest").make_tokenizer(), {folder!r})
+weights.save_policy(policy, __import__("conftest").make_tokenizer(), {folder!r})
 
 def adam(policy):
     return torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
@@ -146,7 +146,7 @@ else:
 with torch.no_grad():
     next(other.parameters()).to_local().fill_(torch.nan)
 try:  # the first process alone writes, and sees it; the other must not wait for ever
-    policies.save_policy(other, __import__("conftest").make_tokenizer(), {folder!r})
+    weights.save_policy(other, __import__("conftest").make_tokenizer(), {folder!r})
 except FloatingPointError:
     pass
 else:

@@ -207,3 +207,32 @@ def test_settings_that_change_the_methods_meaning_are_refused(alpha, beta):
     """A negative alpha (imitation) or beta = 0 (no anchor) that runs without a word."""
     with pytest.raises(AssertionError):
         selm.selm_loss(*logps(5), alpha=alpha, beta=beta)
+
+
+@pytest.mark.parametrize("name, term", [
+    ("selm", lambda p, r, alpha, beta: alpha * beta * (p - r)),
+    ("xpo", lambda p, r, alpha, beta: alpha * p),
+    ("popo", lambda p, r, alpha, beta: alpha / beta * (1 / (1 + math.exp(-beta * (p - r))) - 0.5))])
+def test_each_optimism_term_is_its_papers_formula_and_pushes_y_down(name, term):
+    """A factor of another paper; a sign turned, as in a published port of XPO: y would be pulled
+    up. Oracle: the formula in Python floats; the derivative by a central difference."""
+    alpha, beta = 0.3, 0.7
+    for p, r in ((-3.0, -5.0), (-40.0, -2.0), (-1.5, -1.5)):
+        zeros = torch.zeros(1)
+        y = torch.tensor([p], requires_grad=True)
+        losses, _ = selm.selm_loss(zeros, zeros, y, zeros, zeros, torch.tensor([r]), alpha=alpha,
+                                   beta=beta, optimism=name)
+        assert losses.item() - math.log(2) == pytest.approx(term(p, r, alpha, beta), abs=1e-6)
+        losses.sum().backward()
+        slope = (term(p + 1e-4, r, alpha, beta) - term(p - 1e-4, r, alpha, beta)) / 2e-4
+        assert y.grad.item() == pytest.approx(slope, rel=1e-3, abs=1e-7)
+        assert y.grad.item() > 0, "descent lowers log pi(y)"
+
+
+def test_popo_starts_at_zero_with_slope_alpha_over_four_and_is_bounded():
+    """The centre forgotten: a loss that jumps; a bound that is not there."""
+    y = torch.tensor([-2.0, -1e4, 1e4], requires_grad=True)
+    values = selm.popo_optimism(y, torch.tensor([-2.0, 0.0, 0.0]), alpha=0.3, beta=0.7)
+    assert values.tolist() == pytest.approx([0.0, -0.5 * 0.3 / 0.7, 0.5 * 0.3 / 0.7], abs=1e-6)
+    values[0].backward()
+    assert y.grad[0].item() == pytest.approx(0.3 / 4)

@@ -68,7 +68,7 @@ def test_a_flag_that_is_given_beats_the_recipe_and_zero_is_given():
     """`--eval-prompts 0` or `--no-baseline` overwritten by the recipe, as 0 and False are falsy."""
     s = settings.read("--eval-prompts 0 --no-baseline --alpha 0 --lr 1e-3".split())
     assert (s.eval_prompts, s.baseline, s.alpha, s.lr) == (0, False, 0.0, (1e-3,) * 3)
-    assert s.beta == RECIPES["toy"]["beta"] and s.sampling.max_new_tokens == 8
+    assert s.beta == RECIPES["toy"]["beta"] and s.compute.device == s.device and s.max_new_tokens == 8
 
 
 def test_an_unknown_flag_or_an_abbreviation_is_an_error():

@@ -13,7 +13,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 import data
-from conftest import TEMPLATES
+from conftest import END_TOKENS, TEMPLATES, make_tokenizer
+from harness.template import ChatFormat, load_tokenizer, strip_thought
 
 CHATML_PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 CHATML = TEMPLATES["chatml"]
@@ -169,10 +170,10 @@ def test_prompt_and_response_are_the_templates_own_tokens_or_the_model_is_refuse
     tokenizer = make(template)
     if end is None:
         with pytest.raises(ValueError, match="chat template") as refusal:
-            data.ChatFormat(tokenizer)
+            ChatFormat(tokenizer)
         assert "\n" not in str(refusal.value)
         return
-    chat, equal, refused = data.ChatFormat(tokenizer), 0, set()
+    chat, equal, refused = ChatFormat(tokenizer), 0, set()
     assert tokenizer.convert_ids_to_tokens(chat.end_id) == end
     for name, messages in CONVERSATIONS.items():
         for text in TEXTS:
@@ -192,15 +193,15 @@ def test_prompt_and_response_are_the_templates_own_tokens_or_the_model_is_refuse
 
 def test_a_thought_that_the_prompt_opens_is_closed_with_the_templates_switch_and_said():
     """y starts inside a thought that the data's responses never have; or it is closed silently."""
-    chat = data.ChatFormat(make(SHAPES["glm_with_a_switch"][0]))
+    chat = ChatFormat(make(SHAPES["glm_with_a_switch"][0]))
     assert chat.render([USER], "hello")[0].endswith("<|assistant|>\n<think></think>\n")
     assert "opens a thought" in chat.note and "enable_thinking=False" in chat.note
-    assert data.ChatFormat(make(CHATML)).note is None
+    assert ChatFormat(make(CHATML)).note is None
 
 
 def test_many_conversations_in_one_call_give_the_ids_of_single_calls():
     """Results in another order than the conversations, or a prompt's ids given to its neighbour."""
-    chat = data.ChatFormat(make(CHATML, adds_bos=True))
+    chat = ChatFormat(make(CHATML, adds_bos=True))
     pairs = [(messages, text) for text in TEXTS for messages in CONVERSATIONS.values()]
     assert chat.responses_ids(pairs) == [chat.response_ids(*pair) for pair in pairs]
     conversations = list(CONVERSATIONS.values())
@@ -220,7 +221,7 @@ def test_a_token_that_grows_over_the_border_leaves_the_prompt_as_the_sampler_see
     core.add_special_tokens(["<|im_start|>", "<|im_end|>", "<s>", "</s>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
                                         chat_template=CHATML)
-    chat, hi = data.ChatFormat(tokenizer), [{"role": "user", "content": "hi"}]
+    chat, hi = ChatFormat(tokenizer), [{"role": "user", "content": "hi"}]
     tokens = tokenizer.convert_ids_to_tokens
     assert tokens(chat.prompt_ids(hi))[-1] == "Ċ"
     assert tokens(chat.response_ids(hi, "\n\nhi")) == ["ĊĊ", "h", "i", "<|im_end|>"]
@@ -240,7 +241,7 @@ def test_sentencepiece_puts_no_space_that_the_policy_would_never_sample(text):
                                         unk_token="<unk>", chat_template=TEMPLATES["zephyr"])
     by_itself = tokenizer("Hello", add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(by_itself) == ["▁Hello"]
-    ids = data.ChatFormat(tokenizer).response_ids([{"role": "user", "content": "x"}], text)
+    ids = ChatFormat(tokenizer).response_ids([{"role": "user", "content": "x"}], text)
     assert tokenizer.convert_ids_to_tokens(ids) == [*text.partition("Hello")[0], "Hello", "</s>"]
 
 
@@ -250,26 +251,26 @@ def test_there_is_one_bos_where_template_or_tokenizer_begins_texts_with_one(shap
     """Zephyr: the tokenizer adds a BOS that its template lacks; the policy sees prompts without.
     Llama-3: both have one, and rendered text that is tokenised gets two."""
     template = SHAPES[shape][0]
-    chat = data.ChatFormat(make(template, adds_bos))
+    chat = ChatFormat(make(template, adds_bos))
     has_bos = adds_bos or "bos_token" in template
     assert chat.bos_id == (1 if has_bos else None)
     ids = chat.prompt_ids([USER])
     assert ids.count(1) == has_bos and (ids[0] == 1) == has_bos
     assert 1 not in chat.response_ids([USER], "hello")
-    short = data.cut(ids, [], 5, 5, chat.bos_id)[0]
+    short = data.cut_prompt(ids, 5, chat.bos_id)
     assert short == ([1] + ids[-4:] if has_bos else ids[-5:])
 
 
 def test_a_quoted_end_token_does_not_give_a_second_end():
     """An answer about chat templates that trains the policy to go on behind its own end."""
-    chat = data.ChatFormat(make(CHATML))
+    chat = ChatFormat(make(CHATML))
     ids = chat.response_ids([USER], "hello <|im_end|> there")
     assert ids.count(chat.end_id) == 1 and ids[-1] == chat.end_id and chat.text(ids) == "hello "
 
 
 def test_sampling_stops_at_the_end_of_turn_at_eos_and_at_the_models_own_stops():
     """Llama-3 stops at <|eom_id|> too: named in its generation_config only."""
-    chat = data.ChatFormat(make(CHATML, specials=["<|eom_id|>"]), model_stop_ids=[7, 2])
+    chat = ChatFormat(make(CHATML, specials=["<|eom_id|>"]), model_stop_ids=[7, 2])
     assert chat.stop_ids == {chat.end_id, 2, 7}
 
 
@@ -283,7 +284,7 @@ def test_sampling_stops_at_the_end_of_turn_at_eos_and_at_the_models_own_stops():
 def test_a_template_that_cannot_be_used_is_refused_with_its_reason(template, why):
     """A traceback of Jinja's, or responses that never end, found when the run is hours old."""
     with pytest.raises(ValueError, match=why) as refusal:
-        data.ChatFormat(make(template))
+        ChatFormat(make(template))
     assert "\n" not in str(refusal.value)
 
 
@@ -291,7 +292,7 @@ def test_an_answer_that_the_template_does_not_close_is_refused():
     """A response without an end among those that have one; its last letter lost, or a traceback."""
     template = CHATML.replace(
         "'<|im_end|>\n'", "('' if m['content'] == 'open' else '<|im_end|>\n')")
-    chat = data.ChatFormat(make(template))
+    chat = ChatFormat(make(template))
     assert chat.response_ids([USER], "hello")[-1] == chat.end_id
     with pytest.raises(ValueError, match="does not close this answer"):
         chat.response_ids([USER], "open")
@@ -299,7 +300,7 @@ def test_an_answer_that_the_template_does_not_close_is_refused():
 
 def test_a_template_that_never_closes_the_turn_falls_back_to_eos():
     """Responses that cannot end, found out only when every sample hits the length limit."""
-    chat = data.ChatFormat(make("{% for m in messages %}{{ m['content'] + '\n\n' }}{% endfor %}"))
+    chat = ChatFormat(make("{% for m in messages %}{{ m['content'] + '\n\n' }}{% endfor %}"))
     assert chat.end_id == chat.tokenizer.eos_token_id
     assert chat.tokenizer.decode(chat.response_ids([USER], "hello")) == "hello\n\n</s>"
 
@@ -314,7 +315,7 @@ def test_a_template_that_never_closes_the_turn_falls_back_to_eos():
 def test_a_judge_reads_the_answer_without_what_the_template_puts_around_it(shape, text):
     """A judge that scores a channel header, an empty thought, or the template's own spaces."""
     template, _, changed = SHAPES[shape]
-    chat = data.ChatFormat(make(template))
+    chat = ChatFormat(make(template))
     assert chat.text(chat.response_ids([USER], text)) == changed(text)
 
 
@@ -324,7 +325,7 @@ def test_an_end_token_that_is_not_marked_as_special_ends_a_response_too():
     template = ("{% for m in messages %}{{ '<turn>' + m['role'] + '\n' + m['content'] }}"
                 "{{ '    </turn>' }}{% endfor %}"
                 "{{ '<turn>assistant\n' if add_generation_prompt else '' }}")
-    chat = data.ChatFormat(make(template, added=["<turn>", "</turn>", "    ", "moon"]))
+    chat = ChatFormat(make(template, added=["<turn>", "</turn>", "    ", "moon"]))
     ids = chat.response_ids([USER], "hello moon")
     assert chat.tokenizer.decode(ids) == "hello moon    </turn>" and chat.text(ids) == "hello moon"
     assert ids[-1] == chat.end_id and chat.end == "</turn>"
@@ -332,9 +333,9 @@ def test_an_end_token_that_is_not_marked_as_special_ends_a_response_too():
 
 def test_of_a_cut_response_a_judge_reads_what_is_left_of_it():
     """Text that is judged but not trained on: the tail that the length limit cut off."""
-    chat = data.ChatFormat(make(SHAPES["newline_before_end"][0]))
+    chat = ChatFormat(make(SHAPES["newline_before_end"][0]))
     ids = chat.response_ids([USER], "hello there\nhow")
-    left = data.cut([5], [ids], 1, 1 + len(ids) - 3)[1][0]
+    left = ids[:-3]
     assert 0 < len(chat.text(left)) < len("hello there\nhow")
     assert "hello there\nhow".startswith(chat.text(left))
     newline = chat.response_ids([USER], "hello\n")[:-2]  # cut right behind the answer's own newline
@@ -349,9 +350,9 @@ def test_of_a_cut_response_a_judge_reads_what_is_left_of_it():
     ("say <think> first", "say <think> first"), ("", "")])
 def test_a_judge_reads_the_answer_and_not_the_thought(said, answer, special):
     """Thoughts that win the ranking; special tags that vanish and leave the thought behind."""
-    chat = data.ChatFormat(make(CHATML, specials=["<think>", "</think>"] if special else []))
+    chat = ChatFormat(make(CHATML, specials=["<think>", "</think>"] if special else []))
     ids = chat.tokenizer(said + "<|im_end|>", add_special_tokens=False)["input_ids"]
-    assert chat.text(ids) == data.strip_thought(said) == answer
+    assert chat.text(ids) == strip_thought(said) == answer
 
 
 @pytest.mark.parametrize("said, answer", [
@@ -363,5 +364,74 @@ def test_a_judge_reads_the_answer_and_not_the_thought(said, answer, special):
     ("<|channel|>analysis<|message|>a plan that was cut", ""), ("hello<|return|>", "hello")])
 def test_of_several_channels_a_judge_reads_the_answers(said, answer):
     """gpt-oss: the analysis is judged, or its header is read as part of the answer."""
-    chat = data.ChatFormat(make(SHAPES["gpt_oss_channel"][0]))
+    chat = ChatFormat(make(SHAPES["gpt_oss_channel"][0]))
     assert chat.text(chat.tokenizer(said, add_special_tokens=False)["input_ids"]) == answer
+
+
+# ----------------------------------------------------------------------------------------------
+# The recipes' templates
+# ----------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "hello there"},
+        {"role": "assistant", "content": "how are you?"},
+        {"role": "user", "content": "the cat sat"}]
+
+
+@pytest.fixture(params=sorted(TEMPLATES))
+def chat(request):
+    tokenizer = make_tokenizer(request.param)
+    tokenizer.style = request.param
+    return ChatFormat(tokenizer)
+
+
+def test_the_end_token_is_the_templates_own(chat):
+    """Ending Llama-3 or ChatML turns with eos_token: the policy would never learn to stop."""
+    assert chat.tokenizer.convert_ids_to_tokens(chat.end_id) == END_TOKENS[chat.tokenizer.style]
+
+
+def test_a_prompt_has_exactly_the_bos_of_its_template_and_ends_with_the_header(chat):
+    """A second BOS from tokenising rendered text; a header that ends up among the labels."""
+    ids = chat.prompt_ids(CHAT)
+    text = chat.tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert chat.tokenizer.decode(ids) == text
+    assert ids.count(chat.tokenizer.bos_token_id) == text.count("<s>")
+    assert ids.count(chat.tokenizer.bos_token_id) == (chat.tokenizer.style in ("llama3", "phi3"))
+    assert text.rstrip("\n").endswith(
+        ("assistant|>", "assistant<|end_header_id|>", "<|im_start|>assistant"))
+
+
+def test_prompt_plus_response_is_the_rendered_conversation(chat):
+    """Ids that differ from what the template would give: a lost newline, a doubled end token."""
+    answer = "how are you?"
+    whole = chat.tokenizer.apply_chat_template(
+        CHAT + [{"role": "assistant", "content": answer}], tokenize=True, return_dict=False)
+    ids = chat.prompt_ids(CHAT) + chat.response_ids(CHAT, answer)
+    assert list(whole)[:len(ids)] == ids  # a template may add a newline after the end token
+
+
+@pytest.mark.parametrize("text", ["hello", " hello", "\nhello", "hello </s> there", "", "日本 🙂"])
+def test_a_response_ends_with_the_end_token_once_and_has_no_bos(chat, text):
+    """A second end token, a BOS in the middle, text lost at the border to the header."""
+    if text.find("</s>") > 0:
+        text = text.replace("</s>", END_TOKENS[chat.tokenizer.style])
+    ids = chat.response_ids(CHAT, text)
+    assert ids[-1] == chat.end_id and ids.count(chat.end_id) == 1
+    assert chat.tokenizer.bos_token_id not in ids
+    text = text.strip() if chat.tokenizer.style == "llama3" else text  # its template trims
+    assert chat.tokenizer.decode(ids[:-1]) == text.partition(END_TOKENS[chat.tokenizer.style])[0]
+
+
+def test_a_model_without_a_chat_template_is_told_what_to_pass(tmp_path):
+    """A base model trained on text that no template separates."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--chat-template FILE"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "t.jinja").write_text(TEMPLATES["chatml"])
+    assert load_tokenizer(tmp_path, tmp_path / "t.jinja").chat_template == TEMPLATES["chatml"]
+    with pytest.raises(ValueError, match="absent.jinja: cannot be read .No such file"):
+        load_tokenizer(tmp_path, tmp_path / "absent.jinja")
+    (tmp_path / "t.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        load_tokenizer(tmp_path, tmp_path / "t.jinja")

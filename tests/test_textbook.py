@@ -13,11 +13,10 @@ import sys
 import pytest
 import torch
 
-import data
 import textbook
 import train_loop
 from conftest import ROOT
-from harness import judges, prepare, rundir, settings, toy
+from harness import judges, prepare, rundir, settings, template, toy
 
 BETA, LR, BATCH = 0.5, [4e-3, 2e-3], 5
 
@@ -66,9 +65,9 @@ def by_the_loop(world, alpha, folder):
     run = rundir.Run(folder / "run")
     run.folder.mkdir()
     train_loop.self_explore(run, prepare.Start(
-        run, s.model, data.ChatFormat(tokenizer), prepare.sample.generate, "selm_tree",
+        run, s.model, template.ChatFormat(tokenizer), prepare.sample.generate, "selm_tree",
         judges.load_judge("oracle", oracle=judge), portions, []), s)
-    return [read_round(run.folder, k) for k in (1, 2)], train_loop.policies.load_model(
+    return [read_round(run.folder, k) for k in (1, 2)], train_loop.weights.load_model(
         run.folder / "iter_2/policy")
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
-from harness import toy
+from harness import template, toy
 from harness.rows import load_preferences
 
 
@@ -231,7 +231,7 @@ def test_no_test_prompt_occurs_in_training_and_every_animal_in_both():
 def test_the_tokenizer_round_trips_the_chat_template(tokenizer):
     """Bugs: pad == end token (masking padding masks every end), role markers split into words, the
     assistant's header missing, prompts of unequal length."""
-    chat = data.ChatFormat(tokenizer)
+    chat = template.ChatFormat(tokenizer)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert chat.stop_ids == {tokenizer.eos_token_id}
     assert tokenizer.convert_ids_to_tokens(chat.prompt_ids(FOX)) == [
@@ -245,14 +245,14 @@ def test_the_tokenizer_round_trips_the_chat_template(tokenizer):
 
 
 def prompt_tensor(tokenizer):
-    return torch.tensor([data.ChatFormat(tokenizer).prompt_ids(FOX)])
+    return torch.tensor([template.ChatFormat(tokenizer).prompt_ids(FOX)])
 
 
 def test_the_base_says_common_words_more_often_than_rare_ones(base, tokenizer):
     """Bug: the SFT corpus ignores the ranks, or uses those of another family."""
     for family, animals in toy.FAMILIES.items():
         prompt = [{"role": "user", "content": f"describe the {animals[0]}"}]
-        ids = torch.tensor([data.ChatFormat(tokenizer).prompt_ids(prompt)])
+        ids = torch.tensor([template.ChatFormat(tokenizer).prompt_ids(prompt)])
         probs = base(ids).logits[0, -1].softmax(-1)
         p = probs[tokenizer.convert_tokens_to_ids(toy.ranked_adjectives(family))].tolist()
         assert p[0] > p[1] > sum(p[2:6]) / 4 > sum(p[6:12]) / 6 > sum(p[12:]) / 12

@@ -1,5 +1,6 @@
 """The loop itself: Algorithm 1 against the textbook, recipes, resuming, and what it refuses."""
 
+import functools
 import json
 import math
 import os
@@ -19,11 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import model as policies
+import selm
 import train_loop
 from conftest import ROOT, make_model, make_tokenizer
-from harness import judges, prepare, scale
+from harness import judges, prepare, scale, template, weights
 from harness.rundir import Rows, read_jsonl, write_jsonl
-from harness.settings import RECIPES
+from harness.settings import RECIPES, stream
 from test_model import make_trees, plain_logps
 
 WORDS = "hello there how are you the cat sat on mat and looked at moon".split()
@@ -34,7 +36,7 @@ SMALL = ("--prompts-per-iteration 6 --batch-size 3 --max-length 48 --eval-prompt
 
 def write_model(folder, architecture="llama", style="chatml"):
     policy = policies.Policy(make_model(architecture, scale=3.0))
-    policies.save_policy(policy, make_tokenizer(style), folder)
+    weights.save_policy(policy, make_tokenizer(style), folder)
     return str(folder)
 
 
@@ -69,7 +71,7 @@ def command(tmp_path):
             "--iterations", "2", "--lr", "1e-3", "--temperature", "1"]
 
 
-def weights(run_dir, iteration=2):
+def weights_of(run_dir, iteration=2):
     folder = Path(run_dir) / f"iter_{iteration}/policy"
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
@@ -205,7 +207,7 @@ def test_every_option_takes_effect_and_runs_the_whole_loop(extra, command, tmp_p
     policy, pad, penalise = policies.Policy, data.pad, judges.with_length_penalty
     add_lora, generate = scale.add_lora, prepare.sample.generate
     monkeypatch.setattr(scale, "add_lora", lambda lm, r: loras.append(r) or add_lora(lm, r))
-    monkeypatch.setattr(policies, "Policy", lambda *a: made.append(a) or policy(*a))
+    monkeypatch.setattr(weights, "Policy", lambda *a: made.append(a) or policy(*a))
     monkeypatch.setattr(data, "pad", lambda trees: padded.append(trees) or pad(trees))
     monkeypatch.setattr(judges, "with_length_penalty",
                         lambda judge, by, t: penalties.append(by) or penalise(judge, by, t))
@@ -219,7 +221,7 @@ def test_every_option_takes_effect_and_runs_the_whole_loop(extra, command, tmp_p
     assert all((a[2] is not None) == ("bf16" in extra) for a in made)
     assert loras == ([2] * len(made) if "--lora-rank" in extra else [])
     assert bool(padded) == ("--plain-rows" in extra)
-    assert not same(weights(tmp_path / "run"), weights(tmp_path / "run", 1))
+    assert not same(weights_of(tmp_path / "run"), weights_of(tmp_path / "run", 1))
     pairs = [r for r in rows(tmp_path / "run/iter_1/pairs.jsonl") if not r["dropped"]]
     if "--responses-per-prompt" in extra:
         assert all(len(row["sampled"]) == 2 for row in pairs)
@@ -230,8 +232,8 @@ def test_every_option_takes_effect_and_runs_the_whole_loop(extra, command, tmp_p
 
 def test_a_policy_is_loaded_once_for_training_and_once_for_sampling(command, monkeypatch):
     """14 GB read four times an iteration."""
-    loaded, load = [], policies.load_model
-    monkeypatch.setattr(policies, "load_model",
+    loaded, load = [], weights.load_model
+    monkeypatch.setattr(weights, "load_model",
                         lambda path, *a: loaded.append(Path(path).parts[-2:]) or load(path, *a))
     train_loop.main(command)
     assert loaded.count(("iter_1", "policy")) == 2
@@ -261,6 +263,7 @@ def test_a_hub_data_set_is_read_by_its_two_splits(command, tmp_path, monkeypatch
 
 class Lessons:
     """Trees that are in memory already."""
+    s = SimpleNamespace(plain_rows=False)
 
     def __init__(self, trees):
         self.all = trees
@@ -279,21 +282,21 @@ def ready_trees(policy):
     return trees
 
 
-def settings(**changes):
-    values = dict(batch_size=6, tokens_per_forward=10**6, plain_rows=False, alpha=0.3, beta=0.5)
-    return SimpleNamespace(**(values | changes))
+def one_gradient(policy, trees, budget=10**6, alpha=0.3, beta=0.5):
+    """(metrics, farthest, micro-batches) of one update on all trees; the gradient stays in .grad."""
+    batching = SimpleNamespace(batch_size=6, tokens_per_forward=budget, plain_rows=False)
+    [batch] = data.plan_updates([tree.size for tree in trees], batching, seed=0)
+    loss = functools.partial(selm.selm_loss, alpha=alpha, beta=beta)
+    return *train_loop.gradient(policy, Lessons(trees), batch, loss), len(batch.micro_batches)
 
 
 def test_accumulated_micro_batches_equal_one_full_batch():
     """A loss that is averaged over micro-batches of different sizes."""
     results = []
     for budget in (10**6, 25, 1):
-        policy, s = policies.Policy(make_model(scale=2.0)), settings(tokens_per_forward=budget)
-        trees = ready_trees(policy)
-        [batch] = data.plan_updates([tree.size for tree in trees], s, seed=0)
-        assert len(batch.micro_batches) == {10**6: 1, 25: 5, 1: 6}[budget]
-        metrics, farthest = train_loop.gradient(policy, Lessons(trees), batch, s)
-        assert farthest < 1e-4
+        policy = policies.Policy(make_model(scale=2.0))
+        metrics, farthest, micro_batches = one_gradient(policy, ready_trees(policy), budget)
+        assert farthest < 1e-4 and micro_batches == {10**6: 1, 25: 5, 1: 6}[budget]
         results.append((metrics, [p.grad for p in policy.parameters()]))
     for metrics, gradient in results[1:]:
         assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-6)
@@ -309,7 +312,8 @@ def test_roles_are_picked_from_the_flat_log_probs_of_trees_of_many_sizes():
     for tree, roles in zip(trees, ((2, 0, [1]), (0, 1, [1]), (1, 3, [0, 2]), (0, 0, [0]))):
         tree.chosen, tree.rejected, tree.sampled = roles
     flat = [[random.uniform(-9, 0) for _ in range(10)] for _ in range(2)]
-    losses, metrics = train_loop.tree_losses(trees, *map(torch.tensor, flat), alpha=0.7, beta=0.2)
+    losses, _ = selm.selm_loss(*(x for logps in flat for x in train_loop.roles(
+        trees, torch.tensor(logps))), alpha=0.7, beta=0.2)
     start, expected = 0, []
     for tree in trees:
         ratio = [p - r for p, r in zip(*flat)][start:start + len(tree.responses)]
@@ -327,8 +331,7 @@ def test_the_first_update_raises_chosen_and_lowers_rejected_and_y():
     trees = ready_trees(policy)[1:2]  # three distinct responses
     with torch.no_grad():
         before = policy(data.pack(trees))
-    [batch] = data.plan_updates([tree.size for tree in trees], settings(), seed=0)
-    train_loop.gradient(policy, Lessons(trees), batch, settings(alpha=2.0))
+    one_gradient(policy, trees, alpha=2.0)
     with torch.no_grad():
         for p in policy.parameters():
             p -= 1e-5 * p.grad
@@ -336,15 +339,37 @@ def test_the_first_update_raises_chosen_and_lowers_rejected_and_y():
     assert change[0] > 0 > change[1] and change[2] < 0
 
 
+def test_the_optimism_share_is_what_the_closed_form_says(command, tmp_path):
+    """A share of the wrong norm, or of a gradient that was clipped or added to another. At the
+    start the DPO part has the gradient beta/2 of the mean difference, hence
+    2 alpha |mean grad log pi(y)| / |mean (grad log pi(chosen) - grad log pi(rejected))|."""
+    train_loop.main([*command, "--alpha", "1e-3", "--iterations", "1", "--max-grad-norm", "1e-3"])
+    [first] = [row for row in training(tmp_path / "run") if row["update"] == 0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    order = random.Random(stream(0, 1, 0)).sample(range(6), 6)[:3]  # the first batch of three
+    pairs = rows(tmp_path / "run/iter_1/pairs.jsonl")
+    sums = {"y": 0.0, "margin": 0.0}
+    for row in (pairs[i] for i in order):
+        logp = [plain_logps(model, [data.Tree(row["prompt_ids"], [c["ids"]], 0, 0, [])]).sum()
+                for c in row["candidates"]]
+        sums["y"] += logp[row["sampled"][0]]
+        sums["margin"] += logp[row["chosen"]] - logp[row["rejected"]]
+    norms = {}
+    for name, value in sums.items():
+        grads = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+        norms[name] = math.sqrt(sum(g.square().sum().item() for g in grads))
+    assert first["optimism_share"] == pytest.approx(2e-3 * norms["y"] / norms["margin"], rel=5e-3)
+    assert sum("optimism_share" in row for row in training(tmp_path / "run")) == 1
+
+
 def test_a_wrong_reference_is_stopped_before_the_first_update():
     """Reference log-probs of another model, dtype or tokenisation: every later number is off."""
-    policy, s = policies.Policy(make_model()), settings(beta=0.01)
+    policy = policies.Policy(make_model())
     trees = ready_trees(policy)
     trees[0].ref_logps[0] += 0.5  # at the paper's beta this moves the loss by 4e-4 only
-    [batch] = data.plan_updates([tree.size for tree in trees], s, seed=0)
-    metrics, farthest = train_loop.gradient(policy, Lessons(trees), batch, s)
+    metrics, farthest, _ = one_gradient(policy, trees, beta=0.01)
     with pytest.raises(RuntimeError, match="0.5 nats off"):
-        train_loop.check_update_zero(metrics["loss"], farthest, "fp32")
+        train_loop.check_update_zero(metrics["dpo_loss"], farthest, "fp32")
     train_loop.check_update_zero(math.log(2), 1e-5, "fp32")
 
 
@@ -398,7 +423,7 @@ def test_equal_pairs_keep_their_optimism_term_and_empty_data_is_dropped(command,
 
 
 def fake_start(tmp_path, judge):
-    chat = data.ChatFormat(make_tokenizer())
+    chat = template.ChatFormat(make_tokenizer())
     return SimpleNamespace(chat=chat, judging=lambda here: judge), chat
 
 
@@ -417,7 +442,7 @@ def rank_one(tmp_path, y_ids, judge, **changes):
 def test_a_sample_that_ends_at_once_is_a_response_like_any_other_and_may_lose(tmp_path):
     """A policy that learns to say nothing, while all its empty answers are dropped from training:
     nothing ever teaches it otherwise."""
-    end = data.ChatFormat(make_tokenizer()).end_id
+    end = template.ChatFormat(make_tokenizer()).end_id
     row, _ = rank_one(tmp_path, [end], lambda p, texts, ids: [[float(len(t)) for t in texts[0]]])
     assert row["dropped"] is None and row["rejected"] == row["sampled"][0]
     assert row["candidates"][row["sampled"][0]] == {
@@ -445,7 +470,7 @@ def test_the_samplers_limit_is_what_the_prompt_leaves(tmp_path, monkeypatch):
     start.generate, start.attention = generate, "eager"
     s = SimpleNamespace(max_prompt_length=12, max_length=20, max_new_tokens=9, slots=2, top_p=1.0,
                         responses_per_prompt=1, temperature=0.0, seed=0, iteration=1, compute=None)
-    monkeypatch.setattr(train_loop, "load_frozen", lambda *args: None)
+    monkeypatch.setattr(weights, "load_frozen", lambda *args: None)
     texts = ["hi", "hello there how are you the cat sat on the mat", "the cat"]
     records = [{"prompt_id": t, "prompt": [{"role": "user", "content": t}]} for t in texts]
     list(train_loop.sample_responses(records, "policy", start, s))
@@ -492,7 +517,7 @@ def test_a_killed_run_goes_on_and_every_file_is_that_of_the_undisturbed_run(
     again = [a.replace("/run", "/killed") for a in command]
     # Where to die, and in which call counted from the last resume.
     for name, call in [("forward", 1), ("check_update_zero", 1), ("clip", 2), ("answer", 1),
-                       ("candidates_of", 1), ("lr_factor", 1), ("evaluation", 1)]:
+                       ("ranking", 1), ("lr_factor", 1), ("evaluation", 1)]:
         original, calls = getattr(train_loop, name), []
 
         def dies(*args, **kwargs):
@@ -539,7 +564,7 @@ def test_a_run_killed_between_two_updates_goes_on_from_its_checkpoint(
                         lambda *args: updates.append(args) or gradient(*args))
     train_loop.main(again)
     assert len(updates) == 2
-    assert same(weights(tmp_path / "killed", 1), weights(tmp_path / "run", 1))
+    assert same(weights_of(tmp_path / "killed", 1), weights_of(tmp_path / "run", 1))
     assert training(tmp_path / "run") == training(tmp_path / "killed")
     assert not (tmp_path / "killed/iter_1/state").exists()
 
@@ -574,7 +599,7 @@ def test_a_run_whose_model_judge_or_template_changed_is_refused_by_name(what, co
     train_loop.main(command)
     if what == "model":
         torch.manual_seed(7)
-        policies.save_policy(policies.Policy(make_model(seed=7)), make_tokenizer(),
+        weights.save_policy(policies.Policy(make_model(seed=7)), make_tokenizer(),
                              tmp_path / "model")
     elif what == "judge":
         (tmp_path / "judge.py").write_text((tmp_path / "judge.py").read_text().replace("97", "89"))
@@ -634,7 +659,7 @@ def test_a_full_disk_is_named_and_loses_nothing(command, tmp_path, monkeypatch):
     """Hours of samples gone because the policy did not fit."""
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(policies, "save_policy", full)
+    monkeypatch.setattr(weights, "save_policy", full)
     with pytest.raises(OSError):
         train_loop.main(command)
     monkeypatch.undo()
@@ -671,7 +696,7 @@ def test_two_processes_run_what_the_recipes_use(extra, command, tmp_path):
     """Sharding that works for plain fp32 only: the paper's run is bf16 with checkpointing."""
     result = torchrun(*command, *extra, "--iterations", "1")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert not same(weights(tmp_path / "run", 1), AutoModelForCausalLM.from_pretrained(
+    assert not same(weights_of(tmp_path / "run", 1), AutoModelForCausalLM.from_pretrained(
         tmp_path / "model").state_dict())
 
 
@@ -682,7 +707,7 @@ def test_two_processes_run_what_the_recipes_use(extra, command, tmp_path):
 
 def test_a_dry_run_loads_nothing(capsys, monkeypatch):
     """A plan that loads 14 GB of weights to print."""
-    monkeypatch.setattr(policies, "load_model", None)
+    monkeypatch.setattr(weights, "load_model", None)
     train_loop.main(["--model", "zephyr-7b-sft", "--dry-run"])
     assert "15283" in capsys.readouterr().out
 
@@ -750,7 +775,7 @@ def test_a_bug_of_ours_says_so_and_keeps_its_traceback(command):
     """A traceback that looks like the user's mistake, or a mistake of ours in one useless line."""
     script = ("import sys; sys.argv = ['train_loop.py', *sys.argv[1:]]\n"
               "import train_loop\n"
-              "train_loop.paired = None\n"
+              "train_loop.forward = None\n"
               "train_loop.ends.run(train_loop.main)")
     result = subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT,
                             capture_output=True, text=True, timeout=120)

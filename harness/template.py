@@ -1,0 +1,193 @@
+"""Text to ids and back by a model's own chat template, which is read, never assumed.
+
+data.py and train_loop.py see one object, ChatFormat: messages in, ids out; ids in, what a judge
+reads out. What can be wrong between the two (a second BOS, a header among the labels, a space that
+nobody says, an end token that is not eos) is settled or refused here. DESIGN: README, "Tokens".
+
+Test: pytest tests/test_templates.py.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+class ChatFormat:
+    """Messages and responses -> ids, and ids -> what a judge reads, by one tokenizer's template.
+
+    The template is read, never assumed. A response is what its own rendering of the finished
+    conversation puts behind the rendering of the prompt, up to the end-of-turn token, once:
+
+        prompt    <s>[INST] hi [/INST]
+        finished  <s>[INST] hi [/INST] hello </s>      (Llama-2: both spaces are the template's)
+        response                      ^^^^^^^^^^^      lead " ", answer, tail " ", end "</s>"
+
+    The role's header (<|im_start|>assistant) belongs to the prompt: as a label it would cancel in
+    DPO but not in the optimism term. ValueError, one line, for a template that works otherwise.
+
+    end_id    the template's own end of turn (</s>, <|eot_id|>, <|im_end|>, ...): often NOT eos
+    stop_ids  what ends a sampled response: end_id, eos, and `model_stop_ids` of generation_config
+    bos_id    what texts begin with, or None; `cut` keeps it
+    note      None, or what was done to make the template usable; the caller prints it
+    """
+
+    def __init__(self, tokenizer, model_stop_ids=()):
+        self.tokenizer, self.switch, self.note = tokenizer, {}, None
+        added = {i: token for i, token in tokenizer.added_tokens_decoder.items()
+                 if token.content.strip() not in ("", "<think>", "</think>")}  # "": runs of spaces
+        self.marks = set(added)  # <|im_end|>, <|channel|>, ...
+        self.hidden = {i for i, token in added.items() if token.special}
+        try:
+            self._read_template()
+        except ValueError as reason:
+            self.switch = {"enable_thinking": False}  # Qwen3's name for it, SmolLM3's and GLM's
+            try:
+                self._read_template()
+            except ValueError:
+                raise reason from None
+            self.note = f"{str(reason).partition(';')[0]}: enable_thinking=False is set for it"
+        self.stop_ids = {self.end_id, tokenizer.eos_token_id, *model_stop_ids} - {None}
+
+    def prompt_ids(self, messages):
+        return self.prompts_ids([messages])[0]
+
+    def response_ids(self, messages, text):
+        return self.responses_ids([(messages, text)])[0]
+
+    def prompts_ids(self, conversations):
+        """Message lists -> lists of ids, up to and including the assistant's header."""
+        rows = self._tokenise([self._apply(messages, add_generation_prompt=True)
+                               for messages in conversations])
+        return [ids if ids[:1] == self.adds_bos else self.adds_bos + ids for ids in rows]
+
+    def responses_ids(self, pairs):
+        """(messages, response text) pairs -> lists of ids that end with the end token, once.
+
+        DEVIATION: tokenised behind the prompt, which is then cut off, not by themselves.
+        SentencePiece would otherwise put a space before the first word that the policy never
+        samples there, and the data's responses would look unlikely for no reason.
+        """
+        rendered = [self.render(messages, text) for messages, text in pairs]
+        prompts = list(dict.fromkeys(prompt for prompt, _ in rendered))
+        prompts = dict(zip(prompts, self._tokenise(prompts)))
+        finished = self._tokenise([prompt + response for prompt, response in rendered])
+        return [ids[len(prompts[prompt]):] if ids[:len(prompts[prompt])] == prompts[prompt]
+                else self._apart(response) for ids, (prompt, response) in zip(finished, rendered)]
+
+    def _apart(self, response):
+        """A token has grown over the border (the header ends with a newline and the text begins
+        with one). The sampler sees the prompt's ids as they are, so the response needs ids of its
+        own: behind a neighbour that does not merge with it, for SentencePiece's sake."""
+        for neighbour in ("x", ":", self.end, ""):
+            before, ids = self._tokenise([neighbour, neighbour + response])
+            if ids[:len(before)] == before:
+                return ids[len(before):]
+
+    def _tokenise(self, texts):
+        """Ids of many texts, nothing added: thousands a call, which is twice as fast as one."""
+        return [ids for start in range(0, len(texts), 1000) for ids in self.tokenizer(
+            texts[start:start + 1000], add_special_tokens=False)["input_ids"]]
+
+    def text(self, ids):
+        """What a judge reads of a response's ids, sampled or the data's, cut or whole: the answer
+        without what the template puts around it, without special tokens, without a thought."""
+        ended = bool(ids) and ids[-1] in self.stop_ids
+        ids, n = list(ids[:-1] if ended else ids), len(self.channel)
+        starts = [i + n for i in range(len(ids) - n + 1) if ids[i:i + n] == self.channel]
+        if n and (starts or ids[:1] == self.channel[:1]):  # another channel only: no answer yet
+            ids = ids[starts[-1]:] if starts else []
+        text = self._decode(ids).removeprefix(self.lead_text)
+        return strip_thought(text.removesuffix(self.tail) if ended else text)
+
+    def _decode(self, ids):
+        return self.tokenizer.decode([i for i in ids if i not in self.hidden],
+                                     clean_up_tokenization_spaces=False)
+
+    def render(self, messages, text):
+        """(prompt, response) as the template writes them. ValueError, which is about this row,
+        where the template refuses the conversation or takes it apart."""
+        prompt = self._apply(messages, add_generation_prompt=True)
+        response = self._behind(prompt, messages, text) + self.added_end
+        # A quoted end token ends the response too: the policy could say nothing behind it.
+        at = response.find(self.end, len(self.lead) if response.startswith(self.lead) else 0)
+        if at < 0:
+            raise ValueError(f"the chat template does not close this answer with {self.end}")
+        return prompt, response[:at + len(self.end)]
+
+    def _behind(self, prompt, messages, text):
+        """What the template's finished conversation has behind the rendered prompt."""
+        finished = self._apply([*messages, {"role": "assistant", "content": text}])
+        if not finished.startswith(prompt):
+            same = len(os.path.commonprefix([finished, prompt]))
+            raise ValueError(
+                "the chat template's finished conversation does not begin with its own prompt: it "
+                f"has {finished[same:same + 20]!r} where the prompt has "
+                f"{prompt[same:same + 20]!r}; fix it with --chat-template")
+        return finished[len(prompt):]
+
+    def _apply(self, messages, **more):
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, **self.switch, **more)
+        except Exception as error:  # a template is a program: anything may go wrong in it
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"the chat template refuses the conversation: {reason}") from None
+
+    def _read_template(self):
+        """Renders one finished conversation, and reads off it what stands around the answer."""
+        question, answer = [{"role": "user", "content": "Question"}], "An answer, 42."
+        prompt = self._apply(question, add_generation_prompt=True)
+        if prompt.rfind("<think>") > prompt.rfind("</think>"):
+            raise ValueError("the chat template's generation prompt opens a thought (<think>), "
+                             "which the data's responses do not have; fix it with --chat-template")
+        self.lead, found, after = self._behind(prompt, question, answer).partition(answer)
+        if not found:
+            raise ValueError("the chat template does not show the assistant's answer; fix it with "
+                             "--chat-template")
+        lead_ids, after_ids, bare, ids = self._tokenise([self.lead, after, "x", prompt])
+        end_ids = [i for i in after_ids if i in self.marks]
+        if not end_ids and (after.strip() or self.tokenizer.eos_token_id is None):
+            raise ValueError("the chat template does not close the assistant's turn with a special "
+                             "token, and no response can end without; fix it with --chat-template")
+        self.end_id = end_ids[0] if end_ids else self.tokenizer.eos_token_id
+        self.end = self.tokenizer.convert_ids_to_tokens(self.end_id)
+        self.tail, self.added_end = after.partition(self.end)[0], "" if end_ids else self.end
+        opening = [k for k, i in enumerate(lead_ids, 1) if i in self.marks]
+        self.channel = lead_ids[:opening[-1]] if opening else []  # <|channel|>final<|message|>
+        self.lead_text = self._decode(lead_ids)
+        # Zephyr's template has no BOS, but its tokenizer begins every text with one: the authors'
+        # code puts it before the prompt, and `apply_chat_template` alone never would.
+        own = self.tokenizer("x")["input_ids"]
+        self.adds_bos = own[:1] if own[:1] != bare[:1] else []
+        bos = self.adds_bos or [i for i in ids[:1] if i == self.tokenizer.bos_token_id]
+        self.bos_id = bos[0] if bos else None
+
+
+def strip_thought(text):
+    """The answer without <think>...</think>; "" where the first thought was never closed."""
+    answer = re.sub(r"(\A\s*)?<think>.*?</think>\s*", "", text, flags=re.DOTALL)
+    return "" if answer.lstrip().startswith("<think>") else answer
+
+
+def load_tokenizer(path, chat_template=None):
+    """The tokenizer of a hub id, folder or .gguf file; `chat_template`: a Jinja file that replaces
+    the tokenizer's own. ValueError where there is no chat template at all."""
+    path = str(path)
+    gguf = {"gguf_file": os.path.basename(path)} if path.endswith(".gguf") else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            os.path.dirname(path) or "." if gguf else path, trust_remote_code=False, **gguf)
+    except Exception as error:
+        raise ValueError(f"--model {path}: no tokenizer could be loaded "
+                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    if chat_template:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--chat-template {chat_template}: cannot be read "
+                             f"({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    if not tokenizer.chat_template:
+        raise ValueError(f"--model {path}: its tokenizer has no chat template; it may be a base "
+                         "model. Pass one with --chat-template FILE (Jinja)")
+    return tokenizer

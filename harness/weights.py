@@ -1,0 +1,214 @@
+"""Weights on disk: load a policy in the form that a phase needs, refuse what is not whole, save.
+
+Test: pytest tests/test_weights.py tests/test_architectures.py.
+"""
+
+import ctypes
+import functools
+import gc
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
+                          GenerationConfig, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel)
+
+from harness import scale
+from harness.scale import PROCESSES
+from model import Policy, first_line
+
+# ----------------------------------------------------------------------------------------------
+# 1. A policy in the form that a phase needs
+# ----------------------------------------------------------------------------------------------
+
+
+def load_policy(path, compute):
+    """To train: fp32 master weights, sharded over the processes."""
+    load_frozen.cache_clear()  # its memory is needed
+    if PROCESSES > 1:  # FSDP's hooks make cycles that nothing else would free in time
+        gc.collect()
+    model = load_model(path, torch.float32, "cpu" if PROCESSES > 1 else compute.device,
+                       compute.attention)
+    if compute.lora_rank:
+        model = scale.add_lora(model, compute.lora_rank)
+    policy = Policy(model, compute.gradient_checkpointing,
+                    torch.bfloat16 if compute.dtype == "bf16" else None,
+                    "inductor" if compute.compile else None)
+    return scale.shard(policy, compute.device) if PROCESSES > 1 else policy
+
+
+@functools.lru_cache(maxsize=2)  # an iteration's policy and the start
+def load_frozen(path, compute, attention):
+    """To sample and to evaluate: weights in the compute dtype, whole on every process."""
+    dtype = torch.bfloat16 if compute.dtype == "bf16" else torch.float32
+    return load_model(path, dtype, compute.device, attention)
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Loading: refuse what would train something else, and never run code of a model folder
+# ----------------------------------------------------------------------------------------------
+
+
+def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
+    """A causal LM from a hub id, a folder or a .gguf file, in eval mode. ValueError if it fails.
+
+    attention: "eager" for --plain-rows. An architecture with attention of its own keeps that.
+    """
+    try:
+        name, options = _source(path)
+        # ignore_mismatched_sizes: to name the tensors, where transformers only says that some are.
+        model, info = _auto_class(name, options).from_pretrained(
+            name, **options, dtype=dtype, attn_implementation="eager", use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True)
+        _check_weights(model, info)
+    except Exception as error:
+        raise ValueError(f"--model {path}: could not be loaded as a causal language model "
+                         f"({type(error).__name__}: {first_line(error)})") from None
+    model.set_attn_implementation(attention)
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # a loss for training from scratch; breaks on our masks
+    if "gguf_file" in options:  # else transformers refuses to save what was quantised once
+        model.is_quantized, model.hf_quantizer = False, None
+        for name in ("quantization_config", "_pre_quantization_dtype"):
+            vars(model.config).pop(name, None)
+    if not model.generation_config.do_sample:
+        # Many hub models say "greedy, temperature 0.6"; save_pretrained would refuse that, but only
+        # after the training.
+        for name in ("temperature", "top_p", "top_k"):
+            setattr(model.generation_config, name, None)
+    return model.to(device).eval()
+
+
+def load_config(path):
+    """The configuration of the text model that load_model would load. Errors: ValueError."""
+    try:
+        name, options = _source(path)
+        return AutoConfig.from_pretrained(name, **options).get_text_config()
+    except Exception as error:
+        raise ValueError(f"--model {path}: no model configuration could be loaded "
+                         f"({type(error).__name__}: {first_line(error)})") from None
+
+
+def model_stop_ids(model):
+    """The ids that end a text by the model's own configurations, a set. model: a loaded one, or
+    what --model names."""
+    if isinstance(model, PreTrainedModel):
+        configs = [model.config.get_text_config(), model.generation_config]
+    else:
+        configs = [load_config(model)]
+        with suppress(OSError):  # an optional file
+            configs.append(GenerationConfig.from_pretrained(str(model)))
+    named = [getattr(config, "eos_token_id", None) for config in configs]
+    return {i for ids in named for i in (ids if isinstance(ids, list) else [ids])} - {None}
+
+
+def _source(path):
+    """(name, options) for from_pretrained. No code of a model folder is ever run. A pickle would,
+    and without trust_remote_code=False transformers asks, and takes a "y" on stdin for a yes."""
+    folder, options = Path(path), {"trust_remote_code": False}
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError("a LoRA adapter; merge it first: peft.AutoPeftModelForCausalLM"
+                         ".from_pretrained(THIS).merge_and_unload().save_pretrained(FOLDER)")
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise ValueError("its weights are a pickle (.bin), which is not read; convert one that you "
+                         "trust: AutoModelForCausalLM.from_pretrained(THIS, use_safetensors=False)"
+                         ".save_pretrained(FOLDER)")
+    if str(path).endswith(".gguf"):
+        return str(folder.parent), {"gguf_file": folder.name, **options}
+    return str(path), options
+
+
+def _auto_class(name, options):
+    """LLaVA and Qwen2-VL have no causal class of their own; their text model is trained."""
+    known = "gguf_file" in options or (
+        type(AutoConfig.from_pretrained(name, **options)) in MODEL_FOR_CAUSAL_LM_MAPPING)
+    return AutoModelForCausalLM if known else AutoModelForImageTextToText
+
+
+def _check_weights(model, info):
+    """ValueError where weights do not fit their config: transformers would fill what is missing
+    with random numbers and leave out layers that it does not expect, and only warn."""
+    def kind(name):
+        return re.sub(r"\d+", "#", name)
+
+    known = {kind(name) for name in model.state_dict()}
+    for fault, names in (
+            ("missing", info["missing_keys"]),
+            ("of another shape", {name for name, *_ in info["mismatched_keys"]}),
+            # Other surplus (a value head) takes nothing from the model.
+            ("too many", {name for name in info["unexpected_keys"] if kind(name) in known})):
+        if names:
+            raise ValueError(f"its weights do not fit its config.json: {len(names)} {fault}, "
+                             f"{min(names)} the first")
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Saving, and small change
+# ----------------------------------------------------------------------------------------------
+
+
+def save_policy(policy, tokenizer, folder, stop_ids=()):
+    """Writes a plain Hugging Face folder (LoRA merged in); it appears whole or not at all.
+
+    stop_ids: what ends a response in our sampler, for plain `model.generate` to end it there too;
+    none: what the model itself names. A sharded policy must be saved by all processes together;
+    the first one writes. FloatingPointError, OSError: on all of them, and the old folder stays.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    sharded = any(hasattr(p, "full_tensor") for p in policy.parameters())  # DTensors
+    model = (policy.model.merge_and_unload() if hasattr(policy.model, "merge_and_unload")
+             else policy.model)
+    if stop_ids:
+        ids = sorted(stop_ids)
+        model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
+    state, failure = None, [None]
+    if sharded:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+    if not sharded or torch.distributed.get_rank() == 0:
+        failure = [_write_policy(model, state or model.state_dict(), tokenizer, Path(folder))]
+    if sharded:
+        torch.distributed.broadcast_object_list(failure)
+    if failure[0]:
+        raise failure[0]
+
+
+def _write_policy(model, state, tokenizer, folder):
+    """Returns the error that stopped it, or None."""
+    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    if bad:
+        return FloatingPointError(f"{len(bad)} weight tensors are not finite after training, "
+                                  f"{bad[0]} the first; nothing was saved; lower --lr")
+    temporary = Path(f"{folder}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary, state_dict=state)
+        tokenizer.save_pretrained(temporary)
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except Exception as error:  # safetensors has a class of its own for a full disk
+        return OSError(f"{folder} could not be saved ({first_line(error)}); what was there stays. "
+                       "Free some space and run the same command again")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # half a policy may be what fills the disk
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed memory for the next micro-batch (CPU, Linux; elsewhere nothing).
+
+    By default it gives large blocks back to the system at once, and each activation of the next
+    layer is faulted in page by page again: several percent of a training step.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
