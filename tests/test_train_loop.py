@@ -478,6 +478,25 @@ def test_the_samplers_limit_is_what_the_prompt_leaves(tmp_path, monkeypatch):
     assert max(asked) == 12
 
 
+def test_prompts_and_iterations_have_random_streams_of_their_own(tmp_path, monkeypatch):
+    """One stream for all prompts: samples of prompts that look alike are alike, and each iteration
+    repeats the last one's luck."""
+    seeds, start = [], fake_start(tmp_path, None)[0]
+    start.generate, start.attention = lambda *a, seeds, **k: seeds_seen(seeds), "eager"
+
+    def seeds_seen(given):
+        seeds.extend(given)
+        return [[5]] * len(given)
+    monkeypatch.setattr(weights, "load_frozen", lambda *args: None)
+    records = [{"prompt_id": p, "prompt": [{"role": "user", "content": "hi"}]} for p in "abc"]
+    for seed, iteration in ((0, 1), (0, 2), (1, 1), (0, 1)):
+        s = SimpleNamespace(max_prompt_length=12, max_length=20, max_new_tokens=9, slots=2,
+                            top_p=1.0, responses_per_prompt=2, temperature=1.0, seed=seed,
+                            iteration=iteration, compute=None)
+        list(train_loop.sample_responses(records, "policy", start, s))
+    assert len(set(seeds[:18])) == 18 and seeds[18:] == seeds[:6]
+
+
 def test_scores_are_joined_by_prompt_id_and_a_judge_that_fails_half_way_loses_nothing(
         command, tmp_path):
     """An expensive judge, asked for everything again; another prompt's scores."""

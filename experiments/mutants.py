@@ -1,0 +1,317 @@
+"""Would the tests notice? Breaks one line at a time and runs the test that has to fail.
+
+    python experiments/mutants.py                 all faults, on two cores in about ten minutes
+    python experiments/mutants.py --only data.py  those of a file, or whose description has a word
+    python experiments/mutants.py --textbook      how many tests/test_textbook.py finds by itself
+
+Each mutant is (what goes wrong, file, the line's text, its broken text, the test that must fail).
+A copy of the repository is broken; yours is not touched. Ends with `N mutants, N killed`, and with
+exit code 1 if one survives: a surviving mutant is a missing test. A fault whose text no longer
+stands in the file exactly once is an error, so the list cannot rot in silence.
+
+A newcomer reads it as a list of the ways in which preference training goes wrong without a sign.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SELM, DATA, MODEL, SAMPLE, RANK, BOOK, LOOP = (f"tests/test_{name}.py" for name in (
+    "selm", "data", "model", "sample", "rank", "textbook", "train_loop"))
+
+MUTANTS = [
+    # --- selm.py: the objective -----------------------------------------------------------------
+    ("the reference's log-ratio is added", "selm.py",
+     "logits = policy_logratios - ref_logratios", "logits = policy_logratios + ref_logratios", SELM),
+    ("the DPO loss has its sign turned", "selm.py",
+     "return -F.logsigmoid(beta * logits)", "return -F.logsigmoid(-beta * logits)", SELM),
+    ("beta is dropped from DPO", "selm.py",
+     "return -F.logsigmoid(beta * logits)", "return -F.logsigmoid(logits)", SELM),
+    ("chosen and rejected are swapped in DPO", "selm.py",
+     "policy_logratios = policy_chosen_logps - policy_rejected_logps",
+     "policy_logratios = policy_rejected_logps - policy_chosen_logps", SELM),
+    ("chosen and rejected of the reference are swapped", "selm.py",
+     "ref_logratios = ref_chosen_logps - ref_rejected_logps",
+     "ref_logratios = ref_rejected_logps - ref_chosen_logps", SELM),
+    ("optimism pulls y up", "selm.py",
+     "return alpha * beta * (policy_sampled_logps - ref_sampled_logps)",
+     "return -alpha * beta * (policy_sampled_logps - ref_sampled_logps)", SELM),
+    ("beta is dropped from the optimism term", "selm.py",
+     "return alpha * beta * (policy_sampled_logps - ref_sampled_logps)",
+     "return alpha * (policy_sampled_logps - ref_sampled_logps)", SELM),
+    ("alpha is dropped", "selm.py",
+     "return alpha * beta * (policy_sampled_logps - ref_sampled_logps)",
+     "return beta * (policy_sampled_logps - ref_sampled_logps)", SELM),
+    ("the reference of y is dropped", "selm.py",
+     "return alpha * beta * (policy_sampled_logps - ref_sampled_logps)",
+     "return alpha * beta * policy_sampled_logps", SELM),
+    ("the reference learns", "selm.py",
+     "ref_chosen_logps, ref_rejected_logps = ref_chosen_logps.detach(), ref_rejected_logps.detach()",
+     "pass", SELM),
+    ("the reference of y learns", "selm.py",
+     "ref_sampled_logps = ref_sampled_logps.detach()", "pass", SELM),
+    ("XPO's term has a beta", "selm.py", "return alpha * policy_sampled_logps",
+     "return alpha * beta * policy_sampled_logps", SELM),
+    ("POPO's term is not zero at the start", "selm.py", "ref_sampled_logps)) - 0.5)",
+     "ref_sampled_logps)))", SELM),
+    ("a tie counts as right", "selm.py", "+ 0.5 * (chosen_rewards == rejected_rewards)",
+     "+ 1.0 * (chosen_rewards == rejected_rewards)", SELM),
+    ("implicit rewards have no beta", "selm.py",
+     "chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)",
+     "chosen_rewards = (policy_chosen_logps - ref_chosen_logps)", SELM),
+    ("log-probs are means over tokens", "selm.py",
+     "return token_logps.new_zeros(responses).index_add(0, response_index, token_logps)",
+     "return token_logps.new_zeros(responses).index_add(0, response_index, token_logps) "
+     "/ response_index.bincount(minlength=responses)", SELM),
+    ("the largest logit is not given back to the logsumexp", "selm.py",
+     "(exp_sum.log() + largest)", "exp_sum.log()", SELM),
+    ("the gradient forgets the target token", "selm.py",
+     "grad_logits.scatter_add_(1, targets[rows, None], g)", "pass", SELM),
+    ("the gradient of the softmax has its sign turned", "selm.py", "exps.mul_(-g / exp_sum[rows])",
+     "exps.mul_(g / exp_sum[rows])", SELM),
+    ("the derivative of the capped logits is dropped", "selm.py", "grad_logits *= cap_slope", "pass",
+     SELM),
+
+    # --- data.py: rows, trees, packing, planning ------------------------------------------------
+    ("the shift by one token is forgotten", "data.py",
+     "predicted_from += [prompt_start + p - 1, *range(start, start + n - 1)]",
+     "predicted_from += range(start, start + n)", DATA),
+    ("the last token of a response is no label", "data.py", "            targets += response\n"
+     "            response_index += [r] * n", "            targets += response[:-1] + [0]\n"
+     "            response_index += [r] * n", DATA),
+    ("the header counts as response", "data.py",
+     "predicted_from += [prompt_start + p - 1, *range(start, start + n - 1)]",
+     "predicted_from += [prompt_start + p - 2, *range(start, start + n - 1)]", DATA),
+    ("the positions of the second response go on behind the first", "data.py",
+     "positions += range(p, p + n)", "positions += range(start - prompt_start, start - "
+     "prompt_start + n)", DATA),
+    ("all responses of a line are one", "data.py", "            r += 1\n", "            r += 0\n",
+     DATA),
+    ("plain rows forget the shift", "data.py",
+     "range(i * width + len(p) - 1, i * width + length - 1)",
+     "range(i * width + len(p), i * width + length)", DATA),
+    ("a prompt is cut on the wrong side", "data.py", "return bos + prompt_ids[over + len(bos):]",
+     "return prompt_ids[:len(prompt_ids) - over]", DATA),
+    ("a cut prompt loses its BOS", "data.py", "return bos + prompt_ids[over + len(bos):]",
+     "return prompt_ids[over:]", DATA),
+    ("one response has more room than the other", "data.py",
+     "yield record, prompt, [next(responses)[:room], next(responses)[:room]]",
+     "yield record, prompt, [next(responses)[:room], next(responses)]", DATA),
+    ("the data's two responses are swapped", "data.py",
+     'for source in ("data_chosen", "data_rejected")]))',
+     'for source in ("data_rejected", "data_chosen")]))', BOOK),
+    ("a cut response passes for a finished one", "data.py", '"finished": ids[-1] in chat.stop_ids}',
+     '"finished": True}', DATA),
+    ("chosen and rejected are swapped where a tree is made", "data.py",
+     'used.index(row["chosen"]), used.index(row["rejected"]),',
+     'used.index(row["rejected"]), used.index(row["chosen"]),', DATA),
+    ("plain DPO computes y, too", "data.py", 'sampled = row["sampled"] if alpha > 0 else []',
+     'sampled = row["sampled"]', DATA),
+    ("y is left out of the trees", "data.py", 'sampled = row["sampled"] if alpha > 0 else []',
+     "sampled = []", DATA),
+    ("reference log-probs of other candidates", "data.py", "[logps[c] for c in used] if logps",
+     "logps[:len(used)] if logps", DATA),
+    ("the last, smaller batch is left out", "data.py",
+     "for start in range(0, len(order), batching.batch_size):",
+     "for start in range(0, len(order) - batching.batch_size + 1, batching.batch_size):", DATA),
+    ("every process trains on the same trees", "data.py",
+     "shares = [batch[p::processes] for p in range(processes)]",
+     "shares = [batch[::processes] for p in range(processes)]", DATA),
+    ("a process has fewer micro-batches than the others", "data.py",
+     "plans[process] + [[]] * missing", "plans[process]", DATA),
+    ("examples are not shuffled", "data.py",
+     "order = random.Random(seed).sample(range(len(sizes)), len(sizes))",
+     "order = list(range(len(sizes)))", DATA),
+    ("the token budget is a wish", "data.py", "if sizes[i].tokens <= space:", "if True:", DATA),
+    ("portions are disjoint by id, not by content", "data.py",
+     'return tuple((turn["role"], turn["content"].strip()) for turn in record["prompt"])',
+     'return record["prompt_id"]', DATA),
+
+    # --- model.py: the packed forward pass ------------------------------------------------------
+    ("a response sees what follows", "model.py", "is_causal=mask is None", "is_causal=False", MODEL),
+    ("a sliding window is ignored", "model.py",
+     "window = sliding_window if sliding_window and sliding_window < tree_layout.longest else None",
+     "window = None", MODEL),
+    ("a window is one token too wide", "model.py", "(distance >= 0) & (distance < window)  # (l",
+     "(distance >= 0) & (distance <= window)  # (l", MODEL),
+    ("a response keeps the prompt's outputs instead of its own", "model.py", "out[:, :, p:])",
+     "out[:, :, :n])", MODEL),
+    ("attention scores are scaled by torch's default", "model.py", "scale=scaling, enable_gqa=True",
+     "enable_gqa=True", MODEL),
+    ("positions count through the packed line", "model.py",
+     "position_ids=batch.position_ids,\n                               attention_mask=mask",
+     "position_ids=None,\n                               attention_mask=mask", MODEL),
+    ("the final cap of the logits is dropped", "model.py",
+     'softcap=getattr(config, "final_logit_softcapping", None))', "softcap=None)", MODEL),
+    ("padding is attended to", "model.py", "attention_mask=batch.attention_mask,",
+     "attention_mask=None,", "tests/test_architectures.py"),
+    ("bf16 is switched off", "model.py", "if self.autocast_dtype else nullcontext())",
+     "if False else nullcontext())", MODEL),
+    ("the self-check lets everything pass", "model.py", "if not error <= tolerance:", "if False:",
+     MODEL),
+
+    # --- sample.py: y ---------------------------------------------------------------------------
+    ("sampling does not stop at the end token", "sample.py", "if tokens[row] in stop_ids or len(",
+     "if len(", SAMPLE),
+    ("a response is one token longer than its limit", "sample.py",
+     "len(slot.response) == slot.limit:", "len(slot.response) == slot.limit + 1:", SAMPLE),
+    ("the new token stands where the last one stood", "sample.py",
+     "slot.last, slot.position = tokens[row], slot.position + 1",
+     "slot.last, slot.position = tokens[row], slot.position", SAMPLE),
+    ("all prompts share one random stream", "sample.py", "limit, random.Random(seed)))",
+     "limit, random.Random(seeds[0])))", SAMPLE),
+    ("a slot that moves leaves its cache behind", "sample.py",
+     "cache.move(len(live) - 1, row)", "pass", SAMPLE),
+    ("temperature is ignored", "sample.py", "probs = (lm_logits / temperature).softmax(-1)",
+     "probs = lm_logits.softmax(-1)", SAMPLE),
+    ("top-p leaves out the token that reaches it", "sample.py",
+     "(ranked.cumsum(-1) - ranked < top_p)", "(ranked.cumsum(-1) < top_p)", SAMPLE),
+    ("a token of probability zero can be drawn", "sample.py", "searchsorted(cdf, u, right=True)",
+     "searchsorted(cdf, u, right=False)", SAMPLE),
+    ("greedy takes the unlikeliest token", "sample.py", "return lm_logits.argmax(-1)",
+     "return lm_logits.argmin(-1)", BOOK),
+    ("a step's window is one token too wide", "sample.py", "(distance >= 0) & (distance < window)",
+     "(distance >= 0) & (distance <= window)", SAMPLE),
+    ("responses come back in the order in which they ended", "sample.py",
+     "responses[slot.index] = slot.response",
+     "responses[responses.index(None)] = slot.response", SAMPLE),
+    ("a prompt's cache begins one position late", "sample.py",
+     "positions = torch.arange(length, device=model.device).expand(len(rows), -1)",
+     "positions = torch.arange(1, length + 1, device=model.device).expand(len(rows), -1)", SAMPLE),
+
+    # --- rank.py: the judge ---------------------------------------------------------------------
+    ("ties go by position", "rank.py", "key=lambda i: (-scores[i], digest(texts[i])))",
+     "key=lambda i: -scores[i])", RANK),
+    ("best and worst are swapped", "rank.py", "return order[0], order[-1]",
+     "return order[-1], order[0]", RANK),
+    ("y is taken from the data", "rank.py", 'if source == "sampled"]', 'if source == "data_chosen"]',
+     BOOK),
+    ("the ranking is ignored", "rank.py",
+     'pair = choose_pair(scores, texts) or (row["sampled"][0],) * 2', "pass", BOOK),
+    ("an empty sample drops its row", "rank.py",
+     'for source in ("data_chosen", "data_rejected")):', "for source in index):", LOOP
+     + "::test_a_sample_that_ends_at_once_is_a_response_like_any_other_and_may_lose"),
+    ("PairRM is believed to be antisymmetric", "rank.py", "(M - M.T)[place]", "(2 * M)[place]", RANK),
+    ("PairRM's second candidate has the first one's marker", "rank.py",
+     "ids[each, markers[:, 2]] = self.marker_ids[2]", "pass", RANK),
+    ("PairRM compares only half of the ordered pairs", "rank.py", "itertools.permutations(",
+     "itertools.combinations(", RANK),
+
+    # --- train_loop.py: Algorithm 1 -------------------------------------------------------------
+    ("the reference stays the first policy", "train_loop.py",
+     'policy if s.reference == "previous" else start.policy, s)', "start.policy, s)", BOOK),
+    ("the next iteration begins at the first policy again", "train_loop.py",
+     'policy = once(here / "policy", train', 'once(here / "policy", train', BOOK),
+    ("y comes from the first policy", "train_loop.py",
+     "sample_responses, portion, policy, start, s)",
+     "sample_responses, portion, start.policy, start, s)", BOOK),
+    ("the gradient is not divided by the batch", "train_loop.py",
+     "(losses.sum() * PROCESSES / batch.examples).backward()",
+     "(losses.sum() * PROCESSES).backward()", BOOK),
+    ("the loss is a mean over each micro-batch", "train_loop.py",
+     "(losses.sum() * PROCESSES / batch.examples).backward()",
+     "losses.mean().backward()", LOOP
+     + "::test_accumulated_micro_batches_equal_one_full_batch"),
+    ("roles are swapped where they are picked", "train_loop.py",
+     "return logps[chosen], logps[rejected], sampled",
+     "return logps[rejected], logps[chosen], sampled", BOOK),
+    ("y is taken from the neighbour's tree", "train_loop.py",
+     "logps[[begin + y for y in tree.sampled]].mean()", "logps[tree.sampled].mean()", BOOK),
+    ("of several samples only the first counts", "train_loop.py",
+     "logps[[begin + y for y in tree.sampled]].mean()", "logps[begin + tree.sampled[0]]", LOOP
+     + "::test_roles_are_picked_from_the_flat_log_probs_of_trees_of_many_sizes"),
+    ("gradients of all updates add up", "train_loop.py",
+     "        optimizer.step()\n        optimizer.zero_grad()\n", "        optimizer.step()\n", BOOK),
+    ("the term's own gradient is added twice", "train_loop.py",
+     "            optimism_norm = clip(parameters, math.inf)\n            optimizer.zero_grad()\n",
+     "            optimism_norm = clip(parameters, math.inf)\n", BOOK),
+    ("the schedule is not applied", "train_loop.py",
+     'optimizer.param_groups[0]["lr"] = lr = s.lr * lr_factor(u, len(batches))', "lr = s.lr", BOOK),
+    ("the first update has a rate of zero", "train_loop.py", "return (update + 1) / warmup",
+     "return update / warmup", BOOK),
+    ("the schedule ends at half the rate", "train_loop.py", "return 0.5 * (1 + math.cos(",
+     "return 0.5 + 0.25 * (1 + math.cos(", BOOK),
+    ("weights decay", "train_loop.py", "weight_decay=0.0", "weight_decay=0.1", BOOK),
+    ("gradients are not clipped", "train_loop.py", "norm = clip(parameters, s.max_grad_norm)",
+     "norm = clip(parameters, math.inf)", BOOK),
+    ("log-probs of the reference go to other candidates", "train_loop.py",
+     "known[tree.prompt_id] = dict(zip(tree.candidates, logps))",
+     "known[tree.prompt_id] = dict(zip(tree.candidates[::-1], logps))", BOOK),
+    ("prompts of an iteration share their random stream", "train_loop.py",
+     'stream(s.seed, s.iteration, r["prompt_id"], j)', "stream(s.seed, s.iteration, j)", LOOP
+     + "::test_prompts_and_iterations_have_random_streams_of_their_own"),
+    ("y may be longer than its prompt leaves room for", "train_loop.py",
+     "limits = [min(s.max_new_tokens, s.max_length - len(prompt)) for prompt in prompts]",
+     "limits = [s.max_new_tokens for prompt in prompts]", LOOP
+     + "::test_the_samplers_limit_is_what_the_prompt_leaves"),
+    ("equal pairs lose their optimism term", "train_loop.py",
+     'and (row["chosen"] != row["rejected"] or s.alpha > 0):',
+     'and row["chosen"] != row["rejected"]:', LOOP
+     + "::test_equal_pairs_keep_their_optimism_term_and_empty_data_is_dropped"),
+    ("a wrong reference is not noticed", "train_loop.py",
+     "if not (abs(dpo_loss - math.log(2)) < 1e-3 and farthest < allowed):", "if False:", LOOP
+     + "::test_a_wrong_reference_is_stopped_before_the_first_update"),
+]
+
+
+def broken_copy(folder, mutant=None):
+    """A copy of the repository's files in `folder`, with one fault. ValueError if the fault's text
+    does not stand in its file exactly once."""
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True,
+                           capture_output=True, check=True).stdout.split("\n")
+    for name in filter(None, files):
+        if (ROOT / name).is_file() and name.endswith((".py", ".ini")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    if mutant:
+        what, name, old, new, _ = mutant
+        text = (folder / name).read_text()
+        if text.count(old) != 1:
+            raise ValueError(f"{name}: '{old}' stands there {text.count(old)} times ({what})")
+        (folder / name).write_text(text.replace(old, new))
+
+
+def run(mutant, tests, seconds=300):
+    """Whether `tests` pass in a copy with the fault; what takes far too long does not pass."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        broken_copy(Path(folder), mutant)
+        try:
+            return subprocess.run(
+                [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests],
+                cwd=folder, capture_output=True, timeout=seconds,
+                env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default="", help="a file, or a word of the description")
+    parser.add_argument("--textbook", action="store_true",
+                        help="run tests/test_textbook.py against every fault, and count")
+    parser.add_argument("--jobs", type=int, default=2, help="so many at a time (2)")
+    args = parser.parse_args()
+    mutants = [m for m in MUTANTS if args.only in m[1] or args.only in m[0]]
+    tests = [BOOK if args.textbook else m[4] for m in mutants]
+    for file in sorted({test.partition("::")[0] for test in tests}):
+        if not run(None, file):
+            sys.exit(f"{file} fails without any fault")
+    survivors = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for mutant, survives in zip(mutants, pool.map(run, mutants, tests)):
+            print(f"{'SURVIVES' if survives else 'killed':9}{mutant[1]:15}{mutant[0]}", flush=True)
+            survivors += [mutant] * survives
+    print(f"{len(mutants)} mutants, {len(mutants) - len(survivors)} killed")
+    if survivors and not args.textbook:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
