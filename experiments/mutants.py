@@ -28,7 +28,8 @@ SELM, DATA, MODEL, SAMPLE, RANK, BOOK, LOOP = (f"tests/test_{name}.py" for name 
 MUTANTS = [
     # --- selm.py: the objective -----------------------------------------------------------------
     ("the reference's log-ratio is added", "selm.py",
-     "logits = policy_logratios - ref_logratios", "logits = policy_logratios + ref_logratios", SELM),
+     "logits = policy_logratios - ref_logratios", "logits = policy_logratios + ref_logratios",
+     SELM),
     ("the DPO loss has its sign turned", "selm.py",
      "return -F.logsigmoid(beta * logits)", "return -F.logsigmoid(-beta * logits)", SELM),
     ("beta is dropped from DPO", "selm.py",
@@ -52,8 +53,8 @@ MUTANTS = [
      "return alpha * beta * (policy_sampled_logps - ref_sampled_logps)",
      "return alpha * beta * policy_sampled_logps", SELM),
     ("the reference learns", "selm.py",
-     "ref_chosen_logps, ref_rejected_logps = ref_chosen_logps.detach(), ref_rejected_logps.detach()",
-     "pass", SELM),
+     "ref_chosen_logps, ref_rejected_logps = ref_chosen_logps.detach(), "
+     "ref_rejected_logps.detach()", "pass", SELM),
     ("the reference of y learns", "selm.py",
      "ref_sampled_logps = ref_sampled_logps.detach()", "pass", SELM),
     ("XPO's term has a beta", "selm.py", "return alpha * policy_sampled_logps",
@@ -75,8 +76,8 @@ MUTANTS = [
      "grad_logits.scatter_add_(1, targets[rows, None], g)", "pass", SELM),
     ("the gradient of the softmax has its sign turned", "selm.py", "exps.mul_(-g / exp_sum[rows])",
      "exps.mul_(g / exp_sum[rows])", SELM),
-    ("the derivative of the capped logits is dropped", "selm.py", "grad_logits *= cap_slope", "pass",
-     SELM),
+    ("the derivative of the capped logits is dropped", "selm.py", "grad_logits *= cap_slope",
+     "pass", SELM),
 
     # --- data.py: rows, trees, packing, planning ------------------------------------------------
     ("the shift by one token is forgotten", "data.py",
@@ -134,7 +135,8 @@ MUTANTS = [
      'return record["prompt_id"]', DATA),
 
     # --- model.py: the packed forward pass ------------------------------------------------------
-    ("a response sees what follows", "model.py", "is_causal=mask is None", "is_causal=False", MODEL),
+    ("a response sees what follows", "model.py", "is_causal=mask is None", "is_causal=False",
+     MODEL),
     ("a sliding window is ignored", "model.py",
      "window = sliding_window if sliding_window and sliding_window < tree_layout.longest else None",
      "window = None", MODEL),
@@ -190,14 +192,15 @@ MUTANTS = [
      "key=lambda i: -scores[i])", RANK),
     ("best and worst are swapped", "rank.py", "return order[0], order[-1]",
      "return order[-1], order[0]", RANK),
-    ("y is taken from the data", "rank.py", 'if source == "sampled"]', 'if source == "data_chosen"]',
-     BOOK),
+    ("y is taken from the data", "rank.py", 'if source == "sampled"]',
+     'if source == "data_chosen"]', BOOK),
     ("the ranking is ignored", "rank.py",
      'pair = choose_pair(scores, texts) or (row["sampled"][0],) * 2', "pass", BOOK),
     ("an empty sample drops its row", "rank.py",
      'for source in ("data_chosen", "data_rejected")):', "for source in index):", LOOP
      + "::test_a_sample_that_ends_at_once_is_a_response_like_any_other_and_may_lose"),
-    ("PairRM is believed to be antisymmetric", "rank.py", "(M - M.T)[place]", "(2 * M)[place]", RANK),
+    ("PairRM is believed to be antisymmetric", "rank.py", "(M - M.T)[place]", "(2 * M)[place]",
+     RANK),
     ("PairRM's second candidate has the first one's marker", "rank.py",
      "ids[each, markers[:, 2]] = self.marker_ids[2]", "pass", RANK),
     ("PairRM compares only half of the ordered pairs", "rank.py", "itertools.permutations(",
@@ -227,7 +230,8 @@ MUTANTS = [
      "logps[[begin + y for y in tree.sampled]].mean()", "logps[begin + tree.sampled[0]]", LOOP
      + "::test_roles_are_picked_from_the_flat_log_probs_of_trees_of_many_sizes"),
     ("gradients of all updates add up", "train_loop.py",
-     "        optimizer.step()\n        optimizer.zero_grad()\n", "        optimizer.step()\n", BOOK),
+     "        optimizer.step()\n        optimizer.zero_grad()\n", "        optimizer.step()\n",
+     BOOK),
     ("the term's own gradient is added twice", "train_loop.py",
      "            optimism_norm = clip(parameters, math.inf)\n            optimizer.zero_grad()\n",
      "            optimism_norm = clip(parameters, math.inf)\n", BOOK),

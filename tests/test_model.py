@@ -365,8 +365,8 @@ def test_a_model_folder_that_is_not_whole_and_plain_is_refused(tmp_path, monkeyp
 def test_surplus_weights_that_take_nothing_from_the_model_are_no_error(tmp_path):
     """A value head left over from PPO: a refusal without need."""
     make_model().save_pretrained(tmp_path / "model")
-    weights = tmp_path / "model/model.safetensors"
-    save_file(load_file(weights) | {"v_head.weight": torch.zeros(3)}, weights,
+    file = tmp_path / "model/model.safetensors"
+    save_file(load_file(file) | {"v_head.weight": torch.zeros(3)}, file,
               metadata={"format": "pt"})
     assert weights.load_model(tmp_path / "model").config.num_hidden_layers == 2
 
