@@ -200,14 +200,16 @@ def test_reference_initial_keeps_the_first_model_as_the_anchor(command, tmp_path
 @pytest.mark.parametrize("extra", [
     ["--plain-rows"], ["--lora-rank", "2"], ["--gradient-checkpointing"], ["--dtype", "bf16"],
     ["--responses-per-prompt", "2"], ["--length-penalty", "0.1", "--epochs", "2"],
-    ["--alpha", "0"], ["--top-p", "0.5"]], ids=" ".join)
+    ["--alpha", "0"], ["--top-p", "0.5"], ["--compile"], ["--optimism", "popo"]], ids=" ".join)
 def test_every_option_takes_effect_and_runs_the_whole_loop(extra, command, tmp_path, monkeypatch):
     """An option that is parsed and then forgotten, or fails after an hour of sampling."""
     made, padded, loras, penalties, nuclei = [], [], [], [], []
     policy, pad, penalise = policies.Policy, data.pad, judges.with_length_penalty
     add_lora, generate = scale.add_lora, prepare.sample.generate
     monkeypatch.setattr(scale, "add_lora", lambda lm, r: loras.append(r) or add_lora(lm, r))
-    monkeypatch.setattr(weights, "Policy", lambda *a: made.append(a) or policy(*a))
+    # aot_eager traces like inductor, without its minute of C++ compilation.
+    monkeypatch.setattr(weights, "Policy", lambda model, *a: made.append((model, *a)) or policy(
+        model, *(x if x != "inductor" else "aot_eager" for x in a)))
     monkeypatch.setattr(data, "pad", lambda trees: padded.append(trees) or pad(trees))
     monkeypatch.setattr(judges, "with_length_penalty",
                         lambda judge, by, t: penalties.append(by) or penalise(judge, by, t))
@@ -219,6 +221,7 @@ def test_every_option_takes_effect_and_runs_the_whole_loop(extra, command, tmp_p
     made = [a for a in made if len(a) > 1]  # those to be trained
     assert made and all(a[1] == ("--gradient-checkpointing" in extra) for a in made)
     assert all((a[2] is not None) == ("bf16" in extra) for a in made)
+    assert all((a[3] == "inductor") == ("--compile" in extra) for a in made)
     assert loras == ([2] * len(made) if "--lora-rank" in extra else [])
     assert bool(padded) == ("--plain-rows" in extra)
     assert not same(weights_of(tmp_path / "run"), weights_of(tmp_path / "run", 1))
