@@ -236,3 +236,17 @@ def test_popo_starts_at_zero_with_slope_alpha_over_four_and_is_bounded():
     assert values.tolist() == pytest.approx([0.0, -0.5 * 0.3 / 0.7, 0.5 * 0.3 / 0.7], abs=1e-6)
     values[0].backward()
     assert y.grad[0].item() == pytest.approx(0.3 / 4)
+
+
+def test_metrics_are_the_implicit_rewards_and_their_margin_in_floats():
+    """A plotted reward without beta, or of the policy alone: readers compare it between runs."""
+    values = [torch.tensor([x]) for x in (-3.0, -5.0, -4.0, -3.5, -4.0, -6.0)]
+    _, metrics = selm.selm_loss(*values, alpha=0.3, beta=0.7)
+    assert metrics["chosen_reward"].item() == pytest.approx(0.7 * (-3.0 + 3.5))
+    assert metrics["rejected_reward"].item() == pytest.approx(0.7 * (-5.0 + 4.0))
+    assert metrics["margin"].item() == pytest.approx(0.7 * 1.5)
+    assert metrics["sampled_logratio"].item() == pytest.approx(2.0)
+    assert metrics["accuracy"].item() == 1.0
+    dpo = math.log(1 + math.exp(-0.7 * 1.5))
+    assert metrics["dpo_loss"].item() == pytest.approx(dpo, rel=1e-5)
+    assert metrics["loss"].item() == pytest.approx(dpo + 0.3 * 0.7 * 2.0, rel=1e-5)
