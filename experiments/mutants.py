@@ -106,7 +106,7 @@ MUTANTS = [
      "yield record, prompt, [next(responses)[:room], next(responses)]", DATA),
     ("the data's two responses are swapped", "data.py",
      'for source in ("data_chosen", "data_rejected")]))',
-     'for source in ("data_rejected", "data_chosen")]))', BOOK),
+     'for source in ("data_rejected", "data_chosen")]))', DATA),
     ("a cut response passes for a finished one", "data.py", '"finished": ids[-1] in chat.stop_ids}',
      '"finished": True}', DATA),
     ("chosen and rejected are swapped where a tree is made", "data.py",

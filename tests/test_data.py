@@ -117,10 +117,10 @@ class Chat:
 def test_prompts_are_cut_from_the_left_and_all_responses_from_the_right_by_one_rule():
     """Cutting the question off instead of the oldest context, or giving one response more room."""
     one = {"prompt": [{"role": "user", "content": "abcdefgh"}], "data_chosen": "k" * 9,
-           "data_rejected": "no"}
+           "data_rejected": "nonsense"}
     [(record, prompt, responses)] = data.encode([one], Chat(), 4, 9)
     assert record is one and prompt == [5, *map(ord, "fgh")]
-    assert responses == [[ord("k")] * 5, [*map(ord, "no"), 9]]
+    assert responses == [[ord("k")] * 5, [*map(ord, "nonse")]]
 
 
 @pytest.mark.parametrize("limit, left", [(9, [5, 1, 2, 3]), (4, [5, 1, 2, 3]), (3, [5, 2, 3]),
