@@ -38,7 +38,7 @@ import data
 import model as policies
 import rank
 import selm
-from harness import plots, prepare, report, rundir, scale, settings as flags
+from harness import duel, plots, prepare, report, rundir, scale, settings as flags
 from harness.evaluate import evaluation, ranking
 from harness.scale import PROCESS, PROCESSES, gather, say
 from harness.settings import stream
@@ -234,10 +234,11 @@ def evaluate(run, here, policy, start, s):
     start is its own opponent, and is evaluated once for all arms of a seed."""
     if not start.held_out:
         return
-    owner = start.run if policy == start.policy else run
-    answers = owner.once(here / "eval.jsonl", answer, start.held_out, policy, start, s,
-                         start.judging(here))
-    metrics = evaluation(answers)
+    owner, judge = (start.run if policy == start.policy else run), start.judging(here, True)
+    answers = owner.once(here / "eval.jsonl", answer, start.held_out, policy, start, s, judge)
+    duels = owner.once(here / "duels.jsonl", duel.judge_duels, answers,
+                       duel.opponents(start.run.folder, here, s), judge)
+    metrics = evaluation(answers, duels)
     if start.true_measures:
         [truth] = owner.once(here / "true.jsonl", measure_truth, [policy], start, s)
         metrics |= truth
@@ -246,26 +247,27 @@ def evaluate(run, here, policy, start, s):
 
 def answer(records, policy, start, s, judge):
     """The rows of eval.jsonl: a fresh answer to each held-out prompt, judged against the data's
-    responses and in a duel with the start policy's answer; log-probs of all under both policies."""
-    records, chat, opponents = list(records), start.chat, None
-    if policy != start.policy:
-        opponents = rundir.Rows(start.run.folder / "start" / "eval.jsonl")
-    own = [row["samples"][0] for row in sample_responses(
-        records, policy, start, replace(s, iteration="eval", responses_per_prompt=1))]
+    responses; log-probs of all under this and the start policy. Where it is cheap, an answer at
+    temperature 1 too, judged likewise."""
+    records, chat = list(records), start.chat
+    s = replace(s, iteration="eval", responses_per_prompt=1)
+    own = [row["samples"][0] for row in sample_responses(records, policy, start, s)]
     trees = [data.Tree(prompt_ids, [*given, y["ids"]], 0, 1, [2])
              for (_, prompt_ids, given), y in zip(encoded(records, chat, s), own)]
     prompts, ids = [r["prompt"] for r in records], [r["prompt_id"] for r in records]
     texts = [[chat.text(response) for response in tree.responses] for tree in trees]
-    pairs = [(new, opponents.of(prompt_id)["response"] if opponents else new)
-             for (*_, new), prompt_id in zip(texts, ids)]
     # PairRM's scores compare candidates: every iteration must meet the same opponents.
-    scores = judge(prompts, texts, ids)
-    duels = judge(prompts, [list(pair) for pair in pairs], ids)
+    scores, hot = judge(prompts, texts, ids), [{}] * len(own)
+    if start.also_samples(s.temperature):
+        rows = sample_responses(records, policy, start, replace(s, temperature=1.0))
+        lists = [[*given, row["samples"][0]["text"]] for (*given, _), row in zip(texts, rows)]
+        hot = [{"response_at_temperature_1": y, "score_at_temperature_1": score}
+               for (*_, y), (*_, score) in zip(lists, judge(prompts, lists, ids))]
     policy_logps, start_logps = (logps_of(path, trees, s) for path in (policy, start.policy))
     for i, y in enumerate(own):
-        yield {"prompt_id": ids[i], "prompt": prompts[i], "response": pairs[i][0], **y,
-               "start_response": pairs[i][1], "scores": scores[i], "duel": duels[i],
-               "policy_logps": policy_logps[i], "start_logps": start_logps[i]}
+        yield {"prompt_id": ids[i], "prompt": prompts[i], "response": y["text"], "ids": y["ids"],
+               "finished": y["finished"], "scores": scores[i], "policy_logps": policy_logps[i],
+               "start_logps": start_logps[i], **hot[i]}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Arithmetic of the evaluation: rows of eval.jsonl and pairs.jsonl in, numbers out.
+"""Arithmetic of the evaluation: rows of eval.jsonl, duels.jsonl and pairs.jsonl in, numbers out.
 
 Test: pytest tests/test_evaluate.py.
 """
@@ -70,33 +70,36 @@ def length_controlled(wins, differences, ridge=0.1, z=1.96):
     return tuple(map(rate_where_the_score_is, (0.0, z, -z)))
 
 
-def evaluation(rows):
-    """Rows of eval.jsonl -> metrics, each with its 95 % interval over prompts (name_low, name_high;
-    a mean of fewer than two prompts has none).
+def evaluation(answers, duels):
+    """Rows of eval.jsonl and of duels.jsonl -> metrics, each with its 95 % interval over prompts
+    (name_low, name_high; a mean of fewer than two prompts has none).
 
     win_rate: against the start's answers; lc_win_rate: at equal lengths, in characters.
-    sampled_win_rate: of answers at temperature 1, both sides', where they were sampled.
+    *_at_temperature_1: of samples (win rate: of both sides), where there are any.
     preference_accuracy: how often the implicit reward log(pi / pi_start) prefers the data's chosen.
     logratio_to_start: it of the policy's own response; sampled at temperature 1, its mean estimates
     KL(pi || pi_start); greedy, it does not.
     distinct_answers: where it is far below `prompts`, these are no independent trials, and all
     intervals over prompts are too narrow.
     """
-    shares, means, rows = {}, {}, list(rows)
-    for row in rows:
+    shares, means, answers, duels = {}, {}, list(answers), list(duels)
+    for row, met in zip(answers, duels, strict=True):
         ratios = [p - q for p, q in zip(row["policy_logps"], row["start_logps"])]
         for values, name, value in (
                 (means, "score", row["scores"][2]),
-                (shares, "win_rate", half_for_ties(*row["duel"])),
+                (shares, "win_rate", half_for_ties(*met["duels"]["start"])),
                 (shares, "preference_accuracy", half_for_ties(ratios[0], ratios[1])),
                 (means, "logratio_to_start", ratios[2]),
                 (means, "response_tokens", float(len(row["ids"]))),
                 (shares, "finished", float(row["finished"]))):
             values.setdefault(name, []).append(value)
-        if "sampled_duel" in row:
-            shares.setdefault("sampled_win_rate", []).append(half_for_ties(*row["sampled_duel"]))
-    metrics = {"prompts": len(rows), "distinct_answers": len({row["response"] for row in rows})}
-    longer = [len(row["response"]) - len(row["start_response"]) for row in rows]
+        if met["at_temperature_1"]:
+            means.setdefault("score_at_temperature_1", []).append(row["score_at_temperature_1"])
+            shares.setdefault("win_rate_at_temperature_1", []).append(
+                half_for_ties(*met["at_temperature_1"]))
+    metrics = {"prompts": len(answers),
+               "distinct_answers": len({row["response"] for row in answers})}
+    longer = [ours - theirs for ours, theirs in (met["characters"] for met in duels)]
     for end, value in zip(("", "_low", "_high"), length_controlled(shares["win_rate"], longer)):
         metrics[f"lc_win_rate{end}"] = value
     for name, values in means.items():

@@ -84,19 +84,22 @@ def test_lengths_that_decide_everything_or_never_differ_do_not_blow_up():
     assert rate == pytest.approx(0.75, abs=1e-3) and low < 0.1 and high > 0.9
 
 
-def answer_row(score, duel, tokens, policy, start, finished=True, text="a", **more):
-    return {"scores": [0.1, 0.2, score], "duel": duel, "ids": [5] * tokens, "finished": finished,
-            "policy_logps": policy, "start_logps": start, "response": text,
-            "start_response": "abc", **more}
+def rows_of(score, duel, tokens, policy, start, finished=True, text="a", sampled=None):
+    """A row of eval.jsonl and its row of duels.jsonl; the start's answer has 3 characters."""
+    return ({"scores": [0.1, 0.2, score], "ids": [5] * tokens, "finished": finished,
+             "policy_logps": policy, "start_logps": start, "response": text,
+             "score_at_temperature_1": 7.0},
+            {"duels": {"start": duel, "iter_1": duel[::-1]}, "at_temperature_1": sampled,
+             "characters": [len(text), 3]})
 
 
 def test_the_evaluation_counts_wins_ties_and_preferences():
     """A win rate that takes ties for losses; an accuracy of the policy's log-probs without the
     start's; a score of the data's answer instead of the policy's."""
-    metrics = evaluation([
-        answer_row(0.9, [1.0, 0.0], 4, [-5.0, -6.0, -1.0], [-5.0, -9.0, -2.0]),  # 0 < 3: wrong
-        answer_row(0.5, [0.3, 0.3], 6, [-5.0, -9.0, -1.5], [-6.0, -9.0, -2.0]),  # 1 > 0: right
-        answer_row(0.1, [0.0, 1.0], 8, [-5.0, -9.0, -1.0], [-5.0, -9.0, -1.0], False)])  # a tie
+    metrics = evaluation(*zip(
+        rows_of(0.9, [1.0, 0.0], 4, [-5.0, -6.0, -1.0], [-5.0, -9.0, -2.0]),  # 0 < 3: wrong
+        rows_of(0.5, [0.3, 0.3], 6, [-5.0, -9.0, -1.5], [-6.0, -9.0, -2.0]),  # 1 > 0: right
+        rows_of(0.1, [0.0, 1.0], 8, [-5.0, -9.0, -1.0], [-5.0, -9.0, -1.0], False)))  # a tie
     assert metrics["prompts"] == 3
     assert metrics["win_rate"] == metrics["preference_accuracy"] == 0.5
     assert metrics["score"] == pytest.approx(0.5) and metrics["response_tokens"] == 6.0
@@ -105,19 +108,20 @@ def test_the_evaluation_counts_wins_ties_and_preferences():
     width = 4.303 * numpy.std([0.9, 0.5, 0.1], ddof=1) / math.sqrt(3)
     assert metrics["score_high"] - metrics["score"] == pytest.approx(width, rel=1e-3)
     assert metrics["win_rate_low"] == pytest.approx(wilson(0.5, 3)[0])
-    assert metrics["distinct_answers"] == 1 and "sampled_win_rate" not in metrics
+    assert metrics["distinct_answers"] == 1 and "win_rate_at_temperature_1" not in metrics
 
 
 def test_the_win_rate_of_sampled_answers_and_that_at_equal_lengths_stand_beside_the_greedy_one():
     """Greedy duels counted twice; lengths of one side only, or in tokens of one and characters of
     the other."""
-    rows = [answer_row(0.9, duel, 4, [0.0] * 3, [0.0] * 3, text=text, sampled_duel=sampled)
+    rows = [rows_of(0.9, duel, 4, [0.0] * 3, [0.0] * 3, text=text, sampled=sampled)
             for duel, text, sampled in (([1.0, 0.0], "abcd", [0.0, 1.0]), ([0.0, 1.0], "", [0, 0]),
                                         ([1.0, 0.0], "abcdefg", [0.0, 1.0]))]
-    metrics = evaluation(rows)
+    metrics = evaluation(*zip(*rows))
     assert metrics["win_rate"] == pytest.approx(2 / 3)
-    assert metrics["sampled_win_rate"] == pytest.approx(1 / 6)
-    assert metrics["sampled_win_rate_high"] == pytest.approx(wilson(1 / 6, 3)[1])
+    assert metrics["win_rate_at_temperature_1"] == pytest.approx(1 / 6)
+    assert metrics["win_rate_at_temperature_1_high"] == pytest.approx(wilson(1 / 6, 3)[1])
+    assert metrics["score_at_temperature_1"] == 7.0
     expected = length_controlled([1, 0, 1], [1, -3, 4])
     assert [metrics[f"lc_win_rate{end}"] for end in ("", "_low", "_high")] == list(expected)
     assert metrics["distinct_answers"] == 3
@@ -125,7 +129,8 @@ def test_the_win_rate_of_sampled_answers_and_that_at_equal_lengths_stand_beside_
 
 def test_one_held_out_prompt_has_no_interval_of_its_mean_and_a_wide_one_of_its_share():
     """± 0 from a single prompt."""
-    metrics = evaluation([answer_row(0.9, [1.0, 0.0], 4, [-5.0, -6.0, -1.0], [-5.0, -9.0, -2.0])])
+    metrics = evaluation(*zip(
+        rows_of(0.9, [1.0, 0.0], 4, [-5.0, -6.0, -1.0], [-5.0, -9.0, -2.0])))
     assert "score_low" not in metrics
     assert metrics["win_rate"] == 1.0 and metrics["win_rate_low"] < 0.3
 
