@@ -38,7 +38,7 @@ import data
 import model as policies
 import rank
 import selm
-from harness import duel, plots, prepare, report, rundir, scale, settings as flags
+from harness import duel, page, plots, prepare, report, rundir, scale, settings as flags
 from harness.evaluate import evaluation, ranking
 from harness.scale import PROCESS, PROCESSES, gather, say
 from harness.settings import stream
@@ -494,10 +494,11 @@ def arms_of(settings, home):
 
 
 def finish(arms, settings):
-    """Figures, report.md, and where everything is."""
+    """Figures, report.md, report.html, and where everything is."""
     figures = plots.draw_all(arms, settings.run_dir / "figures")
     say("\n" + report.write(arms, settings.run_dir / "report.md", figures))
-    say(f"\nreport   {settings.run_dir / 'report.md'}\nfigures  {', '.join(map(str, figures))}")
+    page.write(arms, settings.run_dir / "report.html", figures)
+    say(f"\nreport   {settings.run_dir / 'report.md'}, report.html\nfigures  {', '.join(map(str, figures))}")
     say(f"policy   {settings.run_dir}/iter_{settings.first + settings.iterations - 1}/policy")
 
 

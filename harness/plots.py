@@ -37,7 +37,8 @@ PANELS = ("true_reward", "score", "score_at_temperature_1", "win_rate", "win_rat
           "lc_win_rate", "preference_accuracy", "response_tokens", "finished", "logratio_to_start",
           "true_share_good", "true_coverage", "true_entropy", "true_kl")
 # Of two words they say nothing, or what true measures say better.
-NOT_THE_TOYS = ("score_at_temperature_1", "lc_win_rate", "preference_accuracy", "finished", "logratio_to_start")
+NOT_THE_TOYS = ("score_at_temperature_1", "lc_win_rate", "preference_accuracy", "finished",
+                "logratio_to_start")
 
 
 def draw_all(runs, folder):
@@ -74,10 +75,11 @@ def home_of(folder):
 
 def iterations(folder, name):
     """{iteration: path} of the files of this name, the start's as that before the first."""
-    paths = {int(path.parent.name[5:]): path for path in sorted(Path(folder).glob(f"iter_*/{name}"))}
+    paths = {int(path.parent.name[5:]): path for path in Path(folder).glob(f"iter_*/{name}")}
     start = home_of(Path(folder)) / "start" / name
-    return ({min(paths, default=1) - 1: start} if start.exists() else {}) | dict(
-        sorted(paths.items()))
+    if start.exists():
+        paths[min(paths, default=1) - 1] = start
+    return dict(sorted(paths.items()))
 
 
 def scores_by_iteration(runs):
@@ -127,18 +129,18 @@ def implicit_differences(runs):
     """{iteration: {"data_chosen": differences, "data_rejected": ...}}: the implicit reward beta *
     log(pi / pi_ref) under SELM minus that under DPO, prompt by prompt; pi_ref cancels."""
     folders, found = [folder for _, folder in runs], {}
-    for folder in folders:
-        if folder / "baseline" not in folders:
+    for home in folders:
+        if home / "baseline" not in folders:
             continue
-        beta, other = float(settings_of(folder)["beta"]), iterations(folder / "baseline",
-                                                                     "eval.jsonl")
-        for k, path in iterations(folder, "eval.jsonl").items():
-            if path == other.get(k) or k not in other:
-                continue  # the start, which both share
-            dpo = Rows(other[k])
+        beta = float(settings_of(home)["beta"])
+        theirs = iterations(home / "baseline", "eval.jsonl")
+        for k, path in iterations(home, "eval.jsonl").items():
+            if k not in theirs or path == theirs[k]:  # the start is everybody's
+                continue
+            dpo = Rows(theirs[k])
             for row in Rows(path):
-                theirs = dpo.of(row["prompt_id"])["policy_logps"]
-                for role, a, b in zip(("data_chosen", "data_rejected"), row["policy_logps"], theirs):
+                both = zip(row["policy_logps"], dpo.of(row["prompt_id"])["policy_logps"])
+                for role, (a, b) in zip(("data_chosen", "data_rejected"), both):
                     found.setdefault(k, {}).setdefault(role, []).append(beta * (a - b))
     return found
 
@@ -243,9 +245,9 @@ def draw_rewards(runs, path):
     for axis in list(axes.values())[-len(found):]:
         axis.set_xlabel("judge's score, in its own unit; dashed: the mean", fontsize=8)
     n = max(len(v) for kind in found.values() for arms in kind.values() for v in arms.values())
-    return save(figure, path, "Distribution of the judge's scores by iteration, judge "
-                f"{short(judge_of(settings_of(runs[0][1])))}\n{n} answers an arm and iteration, all "
-                "seeds together")
+    judge = short(judge_of(settings_of(runs[0][1])))
+    return save(figure, path, f"Distribution of the judge's scores by iteration, judge {judge}\n"
+                f"{n} answers an arm and iteration, all seeds together")
 
 
 def draw_duels(runs, path):

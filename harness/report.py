@@ -118,7 +118,7 @@ def standstill(folder, iteration):
 
 
 def table(runs):
-    """Markdown table of [(arm name, folder)]: a row an arm and iteration, mean and 95 % interval."""
+    """Markdown table of [(arm, folder)]: a row an arm and iteration, means and 95 % intervals."""
     head, *rows = table_cells(runs) or [None]
     if not head:
         return "No evaluation was run (--eval-prompts 0)."
@@ -157,8 +157,8 @@ def notes(runs):
     distinct = [row["distinct_answers"] for run in rows for row in run if "distinct_answers" in row]
     if distinct and min(distinct) < rows[0][0]["prompts"] / 2:
         yield (f"The {rows[0][0]['prompts']} held-out prompts got {min(distinct)} to "
-               f"{max(distinct)} distinct answers an iteration, so that duels are no independent "
-               "trials: intervals over prompts are too narrow, and a win rate moves in jumps.")
+               f"{max(distinct)} distinct answers an iteration: their duels are no independent "
+               "trials, intervals over prompts are too narrow, and a win rate moves in jumps.")
 
 
 def judge_of(settings):
