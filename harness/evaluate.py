@@ -54,7 +54,7 @@ def length_controlled(wins, differences, ridge=0.1, z=1.96):
     def score(intercept):
         """Derivative of the log-likelihood by the intercept, in its standard errors: falls."""
         slope, step = 0.0, 1.0
-        while abs(step) > 1e-9:  # Newton on a concave function, in steps that cannot overshoot far
+        while abs(step) > 1e-7:  # Newton on a concave function, in steps that cannot overshoot far
             p = 1 / (1 + np.exp(-intercept - slope * d))
             curvature = p * (1 - p) @ d**2 + ridge
             step = np.clip(((wins - p) @ d - ridge * slope) / curvature, -1, 1)

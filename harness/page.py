@@ -37,8 +37,8 @@ def write(runs, path, figures):
     write_text(path, environment.from_string(source).render(
         settings=config["settings"], command=" ".join(config["command"]),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        table=report.table_cells(runs) or [["No evaluation was run (--eval-prompts 0)."]],
-        notes=[*report.notes(runs), report.judged(config["settings"])],
+        table=report.table_cells(runs), notes=[*report.notes(runs),
+                                               report.judged(config["settings"])],
         summaries=[(arm, folder, summaries(folder)) for arm, folder in runs],
         figures=[(Path(f).stem, base64.b64encode(Path(f).read_bytes()).decode()) for f in figures],
         sections=sections([run for run in runs if plots.home_of(run[1]) == runs[0][1]])))

@@ -150,13 +150,13 @@ def table_cells(runs):
 
 def notes(runs):
     """What the table's intervals are, and what they are not."""
-    rows = [[row for row in rows_of(folder, "eval")] for _, folder in runs]
+    rows = [row for _, folder in runs for row in rows_of(folder, "eval")]
     seeds = max(sum(name == other for other, _ in runs) for name, _ in runs)
     yield (f"±: half width of the 95 % interval over {seeds} seeds." if seeds > 1 else
            "(low to high): 95 % interval over the evaluation prompts, one seed.")
-    distinct = [row["distinct_answers"] for run in rows for row in run if "distinct_answers" in row]
-    if distinct and min(distinct) < rows[0][0]["prompts"] / 2:
-        yield (f"The {rows[0][0]['prompts']} held-out prompts got {min(distinct)} to "
+    distinct = [row["distinct_answers"] for row in rows if "distinct_answers" in row]
+    if distinct and min(distinct) < rows[0]["prompts"] / 2:
+        yield (f"The {rows[0]['prompts']} held-out prompts got {min(distinct)} to "
                f"{max(distinct)} distinct answers an iteration: their duels are no independent "
                "trials, intervals over prompts are too narrow, and a win rate moves in jumps.")
 
@@ -169,7 +169,7 @@ def judge_of(settings):
 def judged(settings):
     """A sentence on who judged the held-out answers, and what that is worth."""
     name, ranker = judge_of(settings), settings["ranker"]
-    if settings.get("eval_ranker"):
+    if name != ranker:
         return (f"Held-out answers were judged by `{name}`, which training never saw; the pairs to "
                 f"train on were chosen by `{ranker}`.")
     if ranker == "oracle":
@@ -194,7 +194,8 @@ def write(runs, path, figures):
     config = read_record(Path(runs[0][1]) / "config.json")
     settings = config["settings"]
     text = [f"# SELM run: {settings['name']}", "",
-            f"`{' '.join(config['command'])}`", "", table(runs), "", judged(settings), ""]
+            f"`{' '.join(config['command'])}`", "", table(runs), ""]
+    text += [judged(settings), ""] if table_cells(runs) else []
     text += [f"![{Path(f).stem}]({Path(f).relative_to(Path(path).parent)})\n" for f in figures]
     text += ["## Each iteration", ""]
     for name, folder in runs:

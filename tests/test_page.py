@@ -42,7 +42,7 @@ def test_candidates_stand_side_by_side_with_what_is_known_of_them(home):  # noqa
     sample that looks finished."""
     rows = rows_of(write(home), "SELM, iteration 1: candidates")
     assert rows[1] == ("tell 1", "q1", [
-        ("chosen, data_chosen score 0.5; log pi_ref -1.50; 3 tokens", "chosen", "good 1"),
+        ("chosen, data_chosen score 0.5; log pi_ref -2.50; 3 tokens", "chosen", "good 1"),
         ("rejected, data_rejected score -1; log pi_ref -2.50; 3 tokens", "rejected", "bad 1"),
         ("sampled score 0.25; 3 tokens, cut: no end token", "", "mine 1")])
 
@@ -85,7 +85,7 @@ def test_a_page_of_thousands_of_long_prompts_stays_small_and_says_what_it_leaves
     write_iteration(tmp_path / "start", range(300), 0.0, 0.0, text="'\"&<" * 5000 + "{}")
     write_pairs(tmp_path / "iter_1", ("<" * 20_000, "b" * 20_000, "c"), 3000)
     text = write(tmp_path)
-    assert 2e6 < len(text.encode()) < 7e6
+    assert 2e6 < len(text.encode()) < 7e6 and "No evaluation was run" in text
     rows = rows_of(text, "SELM, iteration 1: candidates")
     assert 100 < len(rows) < 1000 and f"({len(rows)} of 3000 prompts)" in text
     assert f"{3000 - len(rows)} prompts are left out" in text

@@ -42,10 +42,10 @@ def write_pairs(folder, texts=("good", "bad", "mine"), rows=2, scores=(0.5, -1.0
                         enumerate(zip(("data_chosen", "data_rejected", "sampled"), texts, scores))]}
         for i in range(rows)])
     write_jsonl(folder / "reference.jsonl", [
-        {"prompt_id": f"q{i}", "logps": [-1.5, -2.5, None]} for i in reversed(range(rows))])
+        {"prompt_id": f"q{i}", "logps": [-1.5 - i, -2.5, None]} for i in reversed(range(rows))])
 
 
-def write_config(folder, alpha, **settings):
+def write_config(folder, alpha, evaluated=False, **settings):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({
         "settings": {"name": "x", "alpha": alpha, "beta": 0.5, "ranker": "r", "temperature": 0.0,
@@ -55,15 +55,16 @@ def write_config(folder, alpha, **settings):
         {"iteration": 1, "phase": "rank", "prompts": 2, "pairs": 2, "equal": 0, "dropped": {},
          "sampled": 2, "sampled_best": 0, "sampled_worst": 0, "cut": 2, "cut_by_max_length": 0,
          "empty": 0, "tokens": 6},
-        {"iteration": 1, "phase": "train", "update": 0, "loss": 0.69, "accuracy": 0.5}])
+        {"iteration": 1, "phase": "train", "update": 0, "loss": 0.69, "accuracy": 0.5},
+        *({"iteration": k, "phase": "eval", "score": 2.0 * k} for k in (0, 1) if evaluated)])
 
 
 @pytest.fixture
 def home(tmp_path):
     """A run of one iteration and its baseline, whose files name the prompts in different orders."""
     home = tmp_path / "run"
-    write_config(home, 0.3)
-    write_config(home / "baseline", 0.0)
+    write_config(home, 0.3, evaluated=True)
+    write_config(home / "baseline", 0.0, evaluated=True)
     write_iteration(home / "start", (0, 1), 0.0, 0.0)
     write_iteration(home / "iter_1", (1, 0), 10.0, 1.0, {"start": 1})
     write_iteration(home / "baseline/iter_1", (0, 1), 20.0, 5.0, {"start": -1, "iter_1": 0.5})
@@ -134,11 +135,11 @@ def png(path):
 
 def test_the_command_draws_every_figure_again_from_the_files_alone(home):
     """A figure that needs the process that made the numbers."""
-    write_config(home, 0.3, ranker="a/very/long/path/$to$/my_{judge}.py:\\frac{a")
+    write_config(home, 0.3, True, ranker="a/very/long/path/of/a/person/$\\frac{$/judge.py:f")
     result = subprocess.run([sys.executable, "-m", "harness.plots", str(home)], cwd=ROOT,
                             capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and not result.stderr, result.stderr
-    names = "rewards duels implicit training".split()
+    names = "evaluation rewards duels implicit training".split()
     assert result.stdout.split() == [str(home / f"figures/{name}.png") for name in names]
     assert all(png(home / f"figures/{name}.png") for name in names)
 

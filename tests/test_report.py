@@ -104,6 +104,7 @@ def test_few_distinct_answers_are_said_beside_the_intervals(tmp_path):
     ({"ranker": "oracle"}, "the toy world's true reward, which also chose the pairs"),
     ({"ranker": "pairrm", "eval_ranker": None}, "`pairrm`, which also chose .*--eval-ranker takes"),
     ({"ranker": "pairrm", "eval_ranker": "f.py:g"}, "`f.py:g`, which training never saw.*`pairrm`"),
+    ({"ranker": "pairrm", "eval_ranker": "pairrm"}, "`pairrm`, which also chose the pairs"),
     ({"ranker": "f.py:g", "eval_ranker": "oracle"}, "`oracle`, which training never saw")])
 def test_the_report_says_who_judged_and_what_that_is_worth(settings, words):
     """Win rates by the judge that trained the policy, without a word."""
