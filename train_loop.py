@@ -498,7 +498,8 @@ def finish(arms, settings):
     figures = plots.draw_all(arms, settings.run_dir / "figures")
     say("\n" + report.write(arms, settings.run_dir / "report.md", figures))
     page.write(arms, settings.run_dir / "report.html", figures)
-    say(f"\nreport   {settings.run_dir / 'report.md'}, report.html\nfigures  {', '.join(map(str, figures))}")
+    say(f"\nreport   {settings.run_dir / 'report.md'}, {settings.run_dir / 'report.html'}")
+    say(f"figures  {', '.join(map(str, figures))}")
     say(f"policy   {settings.run_dir}/iter_{settings.first + settings.iterations - 1}/policy")
 
 

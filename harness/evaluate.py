@@ -100,17 +100,19 @@ def evaluation(answers, duels):
     metrics = {"prompts": len(answers),
                "distinct_answers": len({row["response"] for row in answers})}
     longer = [ours - theirs for ours, theirs in (met["characters"] for met in duels)]
-    for end, value in zip(("", "_low", "_high"), length_controlled(shares["win_rate"], longer)):
-        metrics[f"lc_win_rate{end}"] = value
+    metrics |= with_interval("lc_win_rate", *length_controlled(shares["win_rate"], longer))
     for name, values in means.items():
-        metrics[name], width = mean_interval(values)
-        if not math.isnan(width):
-            metrics[f"{name}_low"] = metrics[name] - width
-            metrics[f"{name}_high"] = metrics[name] + width
+        mean, width = mean_interval(values)
+        metrics |= {name: mean} if math.isnan(width) else with_interval(
+            name, mean, mean - width, mean + width)
     for name, values in shares.items():
-        metrics[name] = statistics.fmean(values)
-        metrics[f"{name}_low"], metrics[f"{name}_high"] = wilson(metrics[name], len(values))
+        share = statistics.fmean(values)
+        metrics |= with_interval(name, share, *wilson(share, len(values)))
     return metrics
+
+
+def with_interval(name, value, low, high):
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def ranking(pairs, max_new_tokens):

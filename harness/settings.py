@@ -194,8 +194,8 @@ FLAGS = {
         "skip-bad-rows": dict(action="store_true", help="leave out and count rows that cannot be "
                               "used, instead of stopping at the first"),
         "ranker": dict(help="pairrm[:ID] | reward:ID | file.py:function | human | oracle (toy)"),
-        "eval-ranker": dict(help="judge of the held-out answers, another one of these (default: the "
-                            "same, so that win rates say how well it was pleased)"),
+        "eval-ranker": dict(help="judge of the held-out answers, another one of these; without it "
+                            "the same, and win rates say how well that was pleased"),
         "chat-template": dict(metavar="FILE", help="Jinja chat template, for a model without one"),
         "run-dir": dict(help="where everything goes (runs/NAME)")},
     "the method": {
@@ -356,7 +356,8 @@ def plan(settings, prompts, source):
                   default=None)
     lines = [f"model   {s.model or 'made on the spot'}",
              f"data    {s.data or 'made on the spot'}: {prompts or '?'} prompts ({source})",
-             f"ranker  {s.ranker}; of the evaluation: {s.eval_ranker or 'the same'}", f"loss    beta {s.beta:g}, reference: {s.reference}", "",
+             f"ranker  {s.ranker}; of the evaluation: {s.eval_ranker or 'the same'}",
+             f"loss    beta {s.beta:g}, reference: {s.reference}", "",
              "iteration  prompts  samples  alpha   lr       updates  warm-up  tokens at most"]
     for k in range(s.first, s.first + s.iterations):
         at = s.at(k)

@@ -1,4 +1,4 @@
-"""report.html: what a person sees, what a model's output can do there, and how large it may grow."""
+"""report.html: what a person sees, what a model's output can do there, how large it may grow."""
 
 import base64
 import hashlib
