@@ -10,10 +10,12 @@ import pytest
 from conftest import ROOT
 
 import train_loop
-from harness import duel
+from harness import chat, duel
 from harness.evaluate import length_controlled, wilson
+from harness.judges import load_judge
 from harness.rundir import Rows, read_record, write_jsonl
-from test_train_loop import command, rows  # noqa: F401 (command is a fixture)
+from test_judges import save_reward_model
+from test_train_loop import command, rows, write_model  # noqa: F401 (command is a fixture)
 
 # ----------------------------------------------------------------------------------------------
 # The policies of a run
@@ -182,6 +184,23 @@ def test_two_files_of_outputs_give_win_rates_with_intervals(tmp_path):
         assert any(text.startswith(line) and text.endswith(numbers)
                    for text in done.stdout.splitlines()), done.stdout
     assert "4 instructions, 1 ties; 3 characters an output against 1" in done.stdout
+
+
+def test_what_sample_py_writes_is_judged_by_a_reward_model(tmp_path, capsys):
+    """A file that the other command cannot read; a score of the text without its instruction."""
+    instructions = ["the cat", "hello there", "the moon"]
+    (tmp_path / "in.json").write_text(json.dumps([{"instruction": x} for x in instructions]))
+    mine = str(tmp_path / "mine.json")
+    assert chat.main(["--model", write_model(tmp_path / "model"), "--max-new-tokens", "6",
+                      "--alpaca-eval", str(tmp_path / "in.json"), "--output", mine]) == 0
+    theirs = outputs(tmp_path / "theirs.json", [(x, "how are you?") for x in instructions[::-1]])
+    reward = f"reward:{save_reward_model(tmp_path / 'reward', 'qwen3')}"
+    duel.main(["--outputs", mine, "--reference", theirs, "--ranker", reward])
+    texts = [row["output"] for row in json.loads(Path(mine).read_text())]
+    scores = load_judge(reward)([chat.user_turn(x) for x in instructions],
+                                [[text, "how are you?"] for text in texts])
+    wins = sum(a > b for a, b in scores)
+    assert f"win rate                    {wins / 3:.3f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("theirs, words", [
