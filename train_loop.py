@@ -37,7 +37,8 @@ from tqdm import tqdm
 import data
 import rank
 import selm
-from harness import plots, prepare, report, rundir, scale, settings as flags, weights
+from harness import (
+    duel, page, plots, prepare, report, rundir, scale, settings as flags, weights)
 from harness.evaluate import evaluation, ranking
 from harness.scale import PROCESS, PROCESSES, gather, say
 from harness.settings import stream
@@ -194,9 +195,11 @@ def evaluate(run, here, policy, start, s):
     """Adds a row to metrics.jsonl: the policy on held-out prompts, against the start policy. The
     start is its own opponent, and is evaluated once for all arms of a seed."""
     if start.held_out:
-        owner = start.run if policy == start.policy else run
-        metrics = evaluation(owner.once(here / "eval.jsonl", answer, start.held_out, policy, start,
-                                        s, here))
+        owner, judge = (start.run if policy == start.policy else run), start.judging(here, True)
+        answers = owner.once(here / "eval.jsonl", answer, start.held_out, policy, start, s, judge)
+        duels = owner.once(here / "duels.jsonl", duel.judge_duels, answers,
+                           duel.opponents(start.run.folder, here, s), judge)
+        metrics = evaluation(answers, duels)
         if start.true_measures:
             [truth] = owner.once(here / "true.jsonl", measure_truth, [policy], start, s)
             metrics |= truth
@@ -204,27 +207,29 @@ def evaluate(run, here, policy, start, s):
     start.forget_scores(here)
 
 
-def answer(records, policy, start, s, here):
+def answer(records, policy, start, s, judge):
     """The rows of eval.jsonl: a fresh answer to each held-out prompt, judged beside the data's
-    responses and in a duel with the start policy's answer; log-probs of all under both policies."""
-    judge, records, opponents = start.judging(here), list(records), None
-    if policy != start.policy:
-        opponents = rundir.Rows(start.run.folder / "start" / "eval.jsonl")
-    own = [row["samples"][0] for row in sample_responses(
-        records, policy, start, replace(s, iteration="eval", responses_per_prompt=1))]
+    responses; log-probs of all under this and the start policy. Where it is cheap, an answer at
+    temperature 1 too, judged likewise."""
+    records, chat = list(records), start.chat
+    s = replace(s, iteration="eval", responses_per_prompt=1)
+    own = [row["samples"][0] for row in sample_responses(records, policy, start, s)]
     trees = [data.Tree(prompt, [*responses, y["ids"]], 0, 1, [2]) for (_, prompt, responses), y in
-             zip(data.encode(records, start.chat, s.max_prompt_length, s.max_length), own)]
+             zip(data.encode(records, chat, s.max_prompt_length, s.max_length), own)]
     prompts, ids = [r["prompt"] for r in records], [r["prompt_id"] for r in records]
-    texts = [[start.chat.text(response) for response in tree.responses] for tree in trees]
-    duels = [[new, opponents.of(prompt_id)["response"] if opponents else new]
-             for (*_, new), prompt_id in zip(texts, ids)]
+    texts = [[chat.text(response) for response in tree.responses] for tree in trees]
     # Scores of PairRM compare within one list: every iteration must meet the same opponents.
-    scores, duel_scores = judge(prompts, texts, ids), judge(prompts, duels, ids)
+    scores, hot = judge(prompts, texts, ids), [{}] * len(own)
+    if start.also_samples(s.temperature):
+        rows = sample_responses(records, policy, start, replace(s, temperature=1.0))
+        lists = [[*given, row["samples"][0]["text"]] for (*given, _), row in zip(texts, rows)]
+        hot = [{"response_at_temperature_1": y, "score_at_temperature_1": score}
+               for (*_, y), (*_, score) in zip(lists, judge(prompts, lists, ids))]
     policy_logps, start_logps = (logps_of(path, trees, s) for path in (policy, start.policy))
     for i, y in enumerate(own):
-        yield {"prompt_id": ids[i], "prompt": prompts[i], "response": duels[i][0], **y,
-               "start_response": duels[i][1], "scores": scores[i], "duel": duel_scores[i],
-               "policy_logps": policy_logps[i], "start_logps": start_logps[i]}
+        yield {"prompt_id": ids[i], "prompt": prompts[i], "response": y["text"], "ids": y["ids"],
+               "finished": y["finished"], "scores": scores[i], "policy_logps": policy_logps[i],
+               "start_logps": start_logps[i], **hot[i]}
 
 
 @torch.no_grad()
@@ -413,10 +418,12 @@ def arms_of(settings, home):
 
 
 def finish(arms, settings):
-    """Figures, report.md, and where everything is."""
+    """Figures, report.md, report.html, and where everything is."""
     figures = plots.draw_all(arms, settings.run_dir / "figures")
     say("\n" + report.write(arms, settings.run_dir / "report.md", figures))
-    say(f"\nreport   {settings.run_dir / 'report.md'}\nfigures  {', '.join(map(str, figures))}")
+    page.write(arms, settings.run_dir / "report.html", figures)
+    say(f"\nreport   {settings.run_dir / 'report.md'}, {settings.run_dir / 'report.html'}")
+    say(f"figures  {', '.join(map(str, figures))}")
     say(f"policy   {settings.run_dir}/iter_{settings.first + settings.iterations - 1}/policy")
 
 

@@ -111,17 +111,17 @@ def check_args(args):
                              f"({error.strerror})") from None
 
 
-def read_instructions(path):
+def read_instructions(path, flag="--alpaca-eval"):
     """AlpacaEval's list of objects. ValueError that names the entry which is wrong."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--alpaca-eval {path}: cannot be read as JSON ({error})") from None
+        raise ValueError(f"{flag} {path}: cannot be read as JSON ({error})") from None
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"--alpaca-eval {path}: expected a list of objects, one or more")
+        raise ValueError(f"{flag} {path}: expected a list of objects, one or more")
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
-            raise ValueError(f"--alpaca-eval {path}: entry {i} has no string 'instruction'")
+            raise ValueError(f"{flag} {path}: entry {i} has no string 'instruction'")
     return rows
 
 

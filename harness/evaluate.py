@@ -1,10 +1,12 @@
-"""Arithmetic of the evaluation: rows of eval.jsonl and pairs.jsonl in, numbers out.
+"""Arithmetic of the evaluation: rows of eval.jsonl, duels.jsonl and pairs.jsonl in, numbers out.
 
 Test: pytest tests/test_evaluate.py.
 """
 
 import math
 import statistics
+
+import numpy as np
 
 # Student's t for 95 % intervals, by degrees of freedom.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23,
@@ -33,35 +35,84 @@ def half_for_ties(a, b):
     return 1.0 if a > b else 0.5 if a == b else 0.0
 
 
-def evaluation(rows):
-    """Rows of eval.jsonl -> metrics, each with its 95 % interval over prompts (name_low, name_high;
-    a mean of fewer than two prompts has none).
+def length_controlled(wins, differences, ridge=0.1, z=1.96):
+    """The win rate at equal lengths, and its 95 % interval: (rate, low, high).
 
+    wins: n values, 1, 0.5 for a tie, or 0; differences: n lengths, ours - theirs, in any unit.
+    As in AlpacaEval 2 (arXiv 2404.04475): a logistic regression of the wins on an intercept and on
+    d = tanh(difference / its standard deviation); the rate is that of d = 0.
+    DEVIATION: without their term for an instruction's difficulty, which many models' outputs fit.
+
+    An intercept is in the interval if the score test does not reject it, the slope fitted anew for
+    each. That is `wilson` where all lengths are equal, and like it right for five wins of five. The
+    ridge keeps the slope finite where length alone tells who wins. Where one side is always longer
+    by the same, nothing can be said, and the interval says so: it is nearly 0 to 1.
+    """
+    wins, differences = np.asarray(wins, float), np.asarray(differences, float)
+    d = np.tanh(differences / (differences.std() or 1.0))
+
+    def score(intercept):
+        """Derivative of the log-likelihood by the intercept, in its standard errors: falls."""
+        slope, step = 0.0, 1.0
+        while abs(step) > 1e-7:  # Newton on a concave function, in steps that cannot overshoot far
+            p = 1 / (1 + np.exp(-intercept - slope * d))
+            curvature = p * (1 - p) @ d**2 + ridge
+            step = np.clip(((wins - p) @ d - ridge * slope) / curvature, -1, 1)
+            slope += step
+        information = (p * (1 - p)).sum() - (p * (1 - p) @ d) ** 2 / curvature
+        return (wins - p).sum() / math.sqrt(information)
+
+    def rate_where_the_score_is(wanted, low=-12.0, high=12.0):
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if score(middle) > wanted else (low, middle)
+        return 1 / (1 + math.exp(-low))
+    return tuple(map(rate_where_the_score_is, (0.0, z, -z)))
+
+
+def evaluation(answers, duels):
+    """Rows of eval.jsonl and of duels.jsonl -> metrics, each with its 95 % interval over prompts
+    (name_low, name_high; a mean of fewer than two prompts has none).
+
+    win_rate: against the start's answers; lc_win_rate: at equal lengths, in characters.
+    *_at_temperature_1: of samples (win rate: of both sides), where there are any.
     preference_accuracy: how often the implicit reward log(pi / pi_start) prefers the data's chosen.
     logratio_to_start: it of the policy's own response; sampled at temperature 1, its mean estimates
     KL(pi || pi_start); greedy, it does not.
+    distinct_answers: where it is far below `prompts`, these are no independent trials, and all
+    intervals over prompts are too narrow.
     """
-    shares, means = {}, {}
-    for row in rows:
+    shares, means, answers, duels = {}, {}, list(answers), list(duels)
+    for row, met in zip(answers, duels, strict=True):
         ratios = [p - q for p, q in zip(row["policy_logps"], row["start_logps"])]
         for values, name, value in (
                 (means, "score", row["scores"][2]),
-                (shares, "win_rate", half_for_ties(*row["duel"])),
+                (shares, "win_rate", half_for_ties(*met["duels"]["start"])),
                 (shares, "preference_accuracy", half_for_ties(ratios[0], ratios[1])),
                 (means, "logratio_to_start", ratios[2]),
                 (means, "response_tokens", float(len(row["ids"]))),
                 (shares, "finished", float(row["finished"]))):
             values.setdefault(name, []).append(value)
-    metrics = {"prompts": len(means["score"])}
+        if met["at_temperature_1"]:
+            means.setdefault("score_at_temperature_1", []).append(row["score_at_temperature_1"])
+            shares.setdefault("win_rate_at_temperature_1", []).append(
+                half_for_ties(*met["at_temperature_1"]))
+    metrics = {"prompts": len(answers),
+               "distinct_answers": len({row["response"] for row in answers})}
+    longer = [ours - theirs for ours, theirs in (met["characters"] for met in duels)]
+    metrics |= with_interval("lc_win_rate", *length_controlled(shares["win_rate"], longer))
     for name, values in means.items():
-        metrics[name], width = mean_interval(values)
-        if not math.isnan(width):
-            metrics[f"{name}_low"] = metrics[name] - width
-            metrics[f"{name}_high"] = metrics[name] + width
+        mean, width = mean_interval(values)
+        metrics |= {name: mean} if math.isnan(width) else with_interval(
+            name, mean, mean - width, mean + width)
     for name, values in shares.items():
-        metrics[name] = statistics.fmean(values)
-        metrics[f"{name}_low"], metrics[f"{name}_high"] = wilson(metrics[name], len(values))
+        share = statistics.fmean(values)
+        metrics |= with_interval(name, share, *wilson(share, len(values)))
     return metrics
+
+
+def with_interval(name, value, low, high):
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def ranking(pairs, max_new_tokens):

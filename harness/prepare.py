@@ -4,7 +4,7 @@
 Algorithm 1 starts from. Where the recipe brings a world of its own (the toy), that world hands in
 the same things, and what only a world knows: the true measures. Nothing else asks "is it the toy?".
 
-Test: pytest tests/test_prepare.py.
+Test: pytest tests/test_train_loop.py.
 """
 
 import functools
@@ -34,6 +34,7 @@ class Inputs:
     sampler: tuple = ()  # (generate, attention), see Start
     records: list = ()
     held_out: list = ()
+    eval_judge: judges.Judge | None = None
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,20 @@ class Start:
     portions: list
     held_out: list
     true_measures: object = None  # (model, start model) -> dict; in a world whose truth is known
+    eval_judge: judges.Judge | None = None  # of the held-out answers; None: the same judge
 
-    def judging(self, here):
+    def judging(self, here, held_out=False):
         """The judge of one phase. Its scores are kept there as they come, so that one which fails
         half way loses nothing; your own answers serve all arms, and stay."""
-        kept = self.run.folder / "human_answers.jsonl" if self.judge.name == "human" else (
+        judge = self.eval_judge if held_out and self.eval_judge else self.judge
+        kept = self.run.folder / "human_answers.jsonl" if judge.name == "human" else (
             here / f"scores{PROCESS}.jsonl")
-        return functools.partial(self.judge, kept=kept)
+        return functools.partial(judge, kept=kept)
+
+    def also_samples(self, temperature):
+        """Whether held-out prompts are answered at temperature 1 too, beside greedily: where that
+        costs at most a quarter of what sampling for the smallest portion does."""
+        return temperature == 0 and 4 * len(self.held_out) <= min(map(len, self.portions))
 
     def forget_scores(self, here):
         """Once they are in pairs.jsonl and eval.jsonl."""
@@ -69,27 +77,33 @@ class Start:
 def read_inputs(s):
     """Inputs of the settings s, cheap ones first; writes nothing. ValueError if it cannot work."""
     chat = None if s.variant else read_model(s)
-    judge = judges.load_judge(s.ranker, s.device, seed=s.seed, progress=PROCESS == 0,
-                              oracle=toy.oracle(s.variant) if s.variant else None)
-    if s.variant:
-        return Inputs(judge, {}, [])
-    names = [("--model", s.model), ("--data", s.data), ("--chat-template", s.chat_template or "")]
+    load = functools.partial(judges.load_judge, device=s.device, seed=s.seed,
+                             progress=PROCESS == 0,
+                             oracle=toy.oracle(s.variant) if s.variant else None)
+    names = [("--model", s.model), ("--data", s.data), ("--chat-template", s.chat_template)]
     names += [("--ranker", part) for part in s.ranker.split(":")]
-    return with_data(Inputs(judge, {}, [(f, name) for f, name in names if name], chat), s)
+    names += [("--eval-ranker", part) for part in (s.eval_ranker or "").split(":")]
+    inputs = Inputs(load(s.ranker), judged_by(s), [(f, name) for f, name in names if name], chat,
+                    eval_judge=load(s.eval_ranker) if s.eval_ranker else None)
+    return inputs if s.variant else with_data(inputs, s)
 
 
 def with_data(inputs, s):
     """inputs with the checked rows, the sampler, and what the run is known by."""
     chat = inputs.chat
-    records, held_out = (rows.check_rows(part, chat, inputs.judge.check, s.skip_bad_rows)
-                         for part in read_data(s))
+    records, held_out = read_data(s)
+    records = rows.check_rows(records, chat, inputs.judge.check, s.skip_bad_rows)
+    held_out = rows.check_rows(held_out, chat, (inputs.eval_judge or inputs.judge).check,
+                               s.skip_bad_rows)
     data.split_portions(records, s.iterations, s.prompts_per_iteration, s.seed)  # if it can be done
     judge = judges.with_length_penalty(inputs.judge, s.length_penalty, chat.tokenizer)
     judge.dry_call(records)
+    if inputs.eval_judge and held_out:
+        inputs.eval_judge.dry_call(held_out)
     sampler = check_model(s, chat, records)
     template = hashlib.sha256(chat.tokenizer.chat_template.encode()).hexdigest()[:16]
     made_from = {"model": source(s.model), "data": digest(records, held_out),
-                 "chat template": template, "judge": judge_source(s.ranker)}
+                 "chat template": template, **judged_by(s)}
     return replace(inputs, judge=judge, made_from=made_from, sampler=sampler, records=records,
                    held_out=held_out)
 
@@ -117,7 +131,8 @@ def read_data(s):
     no prompt is in both."""
     read = functools.partial(rows.load_preferences, skip_bad_rows=s.skip_bad_rows)
     records = read(s.data)
-    wanted = 0 if s.ranker == "human" else s.eval_prompts  # nobody wants to judge so many
+    # Nobody wants to judge so many, unless they say so.
+    wanted = 0 if s.ranker == "human" and not s.eval_ranker else s.eval_prompts
     if s.variant:
         held_out = read(Path(s.data).with_name("test.jsonl"))[:wanted]
     elif Path(s.data).exists():
@@ -178,6 +193,11 @@ def source(name):
     return {name: getattr(weights.load_config(name), "_commit_hash", None)}
 
 
+def judged_by(s):
+    return {"judge": judge_source(s.ranker),
+            "judge of the evaluation": judge_source(s.eval_ranker) if s.eval_ranker else None}
+
+
 def judge_source(spec):
     """The same of a judge: file.py:function, pairrm[:ID], reward:ID, or a name."""
     kind, _, rest = spec.partition(":")
@@ -205,7 +225,7 @@ def make_start(inputs, s, run):
         policy = str(run.once(run.folder / "start_policy", unpack, policy, inputs.chat))
     portions = data.split_portions(inputs.records, s.iterations, s.prompts_per_iteration, s.seed)
     return Start(run, policy, inputs.chat, *inputs.sampler, inputs.judge, portions,
-                 inputs.held_out, truth)
+                 inputs.held_out, truth, inputs.eval_judge)
 
 
 def build_world(path, seed, variant):

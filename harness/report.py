@@ -15,11 +15,18 @@ from harness.rundir import METRICS, read_jsonl, read_record, write_text
 # name in metrics.jsonl -> heading. The toy's come last: a real run cannot know them.
 EVAL_COLUMNS = {
     "score": "judge's score", "win_rate": "win rate against the start",
+    "lc_win_rate": "win rate at equal lengths",
+    "score_at_temperature_1": "judge's score at temperature 1",
+    "win_rate_at_temperature_1": "win rate at temperature 1",
     "preference_accuracy": "held-out preference accuracy", "response_tokens": "response tokens",
+    "finished": "answers that end",
     "logratio_to_start": "log pi(y)/pi_start(y), nats",
     "true_reward": "true reward", "true_share_good": "true reward > 0.75",
     "true_coverage": "words in use", "true_entropy": "entropy, nats",
     "true_kl": "KL from the start, nats", "true_invalid": "invalid replies"}
+# Of two words they say nothing, or what true measures say better.
+NOT_THE_TOYS = ("score", "score_at_temperature_1", "lc_win_rate", "preference_accuracy",
+                "response_tokens", "finished")
 
 
 def rows_of(folder, phase):
@@ -77,7 +84,7 @@ def warnings_of(counts, before, updates, evaluated):
                f"raise {flag}, or, if it grew with the iterations, lower --alpha or --lr")
     if counts["empty"] > 0.3 * max(1, counts["sampled"]):
         yield (f"{counts['empty'] / counts['sampled']:.0%} of the samples are empty: the policy "
-               "ends at once; lower --lr or --alpha, and look at the judge's scores of empty answers")
+               "ends at once; lower --lr or --alpha, and see how the judge scores empty answers")
     drift = abs(evaluated.get("logratio_to_start", 0.0))
     if drift / max(1.0, evaluated.get("response_tokens", 1.0)) > 2.0:
         yield (f"the policy is {drift:.0f} nats from the start on its own responses; raise --beta, "
@@ -111,7 +118,16 @@ def standstill(folder, iteration):
 
 
 def table(runs):
-    """Markdown table of [(arm name, folder)]: a row an arm and iteration, mean and 95 % interval.
+    """Markdown table of [(arm, folder)]: a row an arm and iteration, means and 95 % intervals."""
+    head, *rows = table_cells(runs) or [None]
+    if not head:
+        return "No evaluation was run (--eval-prompts 0)."
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:], "", *notes(runs)])
+
+
+def table_cells(runs):
+    """The heading and the rows of the table, cells as text; [] where nothing was evaluated.
 
     Several runs of an arm (seeds): the interval is over runs, by Student's t. One run: over its
     evaluation prompts, for what is measured a prompt.
@@ -120,25 +136,48 @@ def table(runs):
     for name, folder in runs:
         for row in rows_of(folder, "eval"):
             values.setdefault((name, row["iteration"]), []).append(row)
-    if not values:
-        return "No evaluation was run (--eval-prompts 0)."
     columns = [c for c in EVAL_COLUMNS if all(c in r for rows in values.values() for r in rows)]
-    if "true_reward" in columns:  # the toy's judge IS the true reward: no need to say it twice
-        columns = [c for c in columns
-                   if c not in ("score", "preference_accuracy", "response_tokens")]
-    lines = ["| arm | iteration | " + " | ".join(EVAL_COLUMNS[c] for c in columns) + " |",
-             "|" + "---|" * (len(columns) + 2)]
-    first = min(iteration for _, iteration in values)
+    if "true_reward" in columns:
+        columns = [c for c in columns if c not in NOT_THE_TOYS]
+    first, lines = min((iteration for _, iteration in values), default=0), []
     for (name, iteration), rows in sorted(values.items(), key=lambda item: item[0][::-1]):
         if iteration == first and name != runs[0][0]:
             continue  # all arms start from the same policy
         arm = "start" if iteration == first else name
-        cells = " | ".join(cell(rows, column) for column in columns)
-        lines.append(f"| {arm} | {iteration} | {cells} |")
-    seeds = max(map(len, values.values()))
-    lines.append("\n" + (f"±: half width of the 95 % interval over {seeds} seeds." if seeds > 1 else
-                         "(low to high): 95 % interval over the evaluation prompts, one seed."))
-    return "\n".join(lines)
+        lines.append([arm, str(iteration), *(cell(rows, column) for column in columns)])
+    return lines and [["arm", "iteration", *map(EVAL_COLUMNS.get, columns)], *lines]
+
+
+def notes(runs):
+    """What the table's intervals are, and what they are not."""
+    rows = [row for _, folder in runs for row in rows_of(folder, "eval")]
+    seeds = max(sum(name == other for other, _ in runs) for name, _ in runs)
+    yield (f"±: half width of the 95 % interval over {seeds} seeds." if seeds > 1 else
+           "(low to high): 95 % interval over the evaluation prompts, one seed.")
+    distinct = [row["distinct_answers"] for row in rows if "distinct_answers" in row]
+    if distinct and min(distinct) < rows[0]["prompts"] / 2:
+        yield (f"The {rows[0]['prompts']} held-out prompts got {min(distinct)} to "
+               f"{max(distinct)} distinct answers an iteration: their duels are no independent "
+               "trials, intervals over prompts are too narrow, and a win rate moves in jumps.")
+
+
+def judge_of(settings):
+    """The judge of the held-out answers, by name; settings: those of config.json."""
+    return settings.get("eval_ranker") or settings["ranker"]
+
+
+def judged(settings):
+    """A sentence on who judged the held-out answers, and what that is worth."""
+    name, ranker = judge_of(settings), settings["ranker"]
+    if name != ranker:
+        return (f"Held-out answers were judged by `{name}`, which training never saw; the pairs to "
+                f"train on were chosen by `{ranker}`.")
+    if ranker == "oracle":
+        return ("Held-out answers were judged by the toy world's true reward, which also chose the "
+                "pairs to train on.")
+    return (f"Held-out answers were judged by `{name}`, which also chose the pairs to train on: "
+            "scores and win rates say how well the policy pleases it, not how good it is. "
+            "--eval-ranker takes another judge.")
 
 
 def cell(rows, column):
@@ -156,6 +195,7 @@ def write(runs, path, figures):
     settings = config["settings"]
     text = [f"# SELM run: {settings['name']}", "",
             f"`{' '.join(config['command'])}`", "", table(runs), ""]
+    text += [judged(settings), ""] if table_cells(runs) else []
     text += [f"![{Path(f).stem}]({Path(f).relative_to(Path(path).parent)})\n" for f in figures]
     text += ["## Each iteration", ""]
     for name, folder in runs:

@@ -42,7 +42,8 @@ LEAVES = (CONFIG, FINISHED, METRICS, LOCK, "report.md", "report.html", "figures"
 JUDGED = ("pairs.jsonl*", "scores*.jsonl", "eval.jsonl*")
 # Settings that change no number, or that made_from tells better.
 NO_DIFFERENCE = ("fresh", "dry_run", "run_dir", "baseline", "seeds", "slots", "save_every", "data",
-                 "tokens_per_forward", "compile", "model", "ranker", "chat_template", "name")
+                 "tokens_per_forward", "compile", "model", "ranker", "eval_ranker", "chat_template",
+                 "name")
 
 # ----------------------------------------------------------------------------------------------
 # 1. Text and rows

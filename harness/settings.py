@@ -88,6 +88,7 @@ class Settings:
     model: str | None  # hub id, folder or .gguf; None: the toy world makes its own
     data: str | None
     ranker: str
+    eval_ranker: str | None  # None: the ranker
     chat_template: str | None
     skip_bad_rows: bool
     run_dir: Path
@@ -168,6 +169,8 @@ FLAGS = {
         "skip-bad-rows": dict(action="store_true", help="leave out and count rows that cannot be "
                               "used, instead of stopping at the first"),
         "ranker": dict(help="pairrm[:ID] | reward:ID | file.py:function | human | oracle (toy)"),
+        "eval-ranker": dict(help="judge of the held-out answers, another one of these; without it "
+                            "the same, and win rates say how well that was pleased"),
         "chat-template": dict(metavar="FILE", help="Jinja chat template, for a model without one"),
         "run-dir": dict(help="where everything goes (runs/NAME)")},
     "the method": {
@@ -311,7 +314,7 @@ def check(settings, own_data):
          "--max-length, or no room is left for a response"),
         (settings.responses_per_prompt == 1 or settings.temperature > 0, "--responses-per-prompt "
          "> 1 needs --temperature > 0: greedy samples would all be the same"),
-        (not (settings.ranker == "human" and processes > 1),
+        (not ("human" in (settings.ranker, settings.eval_ranker) and processes > 1),
          "--ranker human: judge in a single process"),
         (settings.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here")]
     for fine, message in checks:
@@ -331,7 +334,8 @@ def plan(settings, prompts, source):
                   default=None)
     lines = [f"model   {s.model or 'made on the spot'}",
              f"data    {s.data or 'made on the spot'}: {prompts or '?'} prompts ({source})",
-             f"ranker  {s.ranker}", f"loss    beta {s.beta:g}, reference: {s.reference}", "",
+             f"ranker  {s.ranker}; of the evaluation: {s.eval_ranker or 'the same'}",
+             f"loss    beta {s.beta:g}, reference: {s.reference}", "",
              "iteration  prompts  samples  alpha   lr       updates  warm-up  tokens at most"]
     for k in range(s.first, s.first + s.iterations):
         at = s.at(k)

@@ -1,12 +1,11 @@
-"""Tables, warnings and figures from files made by hand."""
+"""Tables, warnings and the report, from files made by hand."""
 
 import json
-import subprocess
-import sys
+import re
 
 import pytest
 
-from harness import plots, report
+from harness import report
 from harness.rundir import read_jsonl, write_jsonl
 
 
@@ -48,7 +47,7 @@ def test_the_summary_counts_pairs_drops_and_the_fate_of_the_samples(tmp_path):
 def test_each_failure_signature_gives_one_warning_with_its_figure(changes, words, tmp_path):
     """A run that fails as the paper says runs do, without a word."""
     lines = report.summary(make_run(tmp_path, **changes), 1)[1:]
-    assert len(lines) == 1 and __import__("re").search(words, lines[0])
+    assert len(lines) == 1 and re.search(words, lines[0])
 
 
 def test_a_healthy_run_gives_no_warning(tmp_path):
@@ -90,21 +89,38 @@ def test_one_run_shows_the_intervals_over_its_prompts(tmp_path):
     assert "| 0.4 | 1 (0.57 to 1) |" in table and "over the evaluation prompts" in table
 
 
-def test_the_figures_are_drawn_again_from_the_files_alone(tmp_path):
-    """A figure that needs the process that made the numbers."""
-    run = make_run(tmp_path / "run", evals={"win_rate": 0.6})
-    make_run(tmp_path / "run/baseline", evals={"win_rate": 0.5})
-    for folder, alpha in ((run, "0.3"), (run / "baseline", "0.0")):
-        (folder / "config.json").write_text(json.dumps({
-            "settings": {"name": "x", "alpha": alpha}, "command": ["x"], "git_revision": None,
-            "torch": "", "transformers": ""}))
-    result = subprocess.run([sys.executable, "-m", "harness.plots", str(run)],
-                            capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    for name in ("evaluation.png", "training.png"):
-        assert (run / "figures" / name).read_bytes()[:4] == b"\x89PNG"
-    runs = plots.find_runs(run)
-    assert runs == [("SELM", run), ("DPO", run / "baseline")]
-    text = report.write(runs, run / "report.md", [run / "figures/training.png"])
-    assert text == report.table(runs)
-    assert "![training](figures/training.png)" in (run / "report.md").read_text()
+def test_few_distinct_answers_are_said_beside_the_intervals(tmp_path):
+    """48 duels of which 4 are distinct, with the interval of 48: a win rate that falls by a quarter
+    is then one answer."""
+    for distinct, said in ((4, True), (40, False)):
+        write_jsonl(tmp_path / "metrics.jsonl", [
+            {"iteration": k, "phase": "eval", "score": 0.4, "prompts": 48,
+             "distinct_answers": distinct + k} for k in (0, 1)])
+        table = report.table([("SELM", tmp_path)])
+        assert ("The 48 held-out prompts got 4 to 5 distinct answers" in table) == said
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"ranker": "oracle"}, "the toy world's true reward, which also chose the pairs"),
+    ({"ranker": "pairrm", "eval_ranker": None}, "`pairrm`, which also chose .*--eval-ranker takes"),
+    ({"ranker": "pairrm", "eval_ranker": "f.py:g"}, "`f.py:g`, which training never saw.*`pairrm`"),
+    ({"ranker": "pairrm", "eval_ranker": "pairrm"}, "`pairrm`, which also chose the pairs"),
+    ({"ranker": "f.py:g", "eval_ranker": "oracle"}, "`oracle`, which training never saw")])
+def test_the_report_says_who_judged_and_what_that_is_worth(settings, words):
+    """Win rates by the judge that trained the policy, without a word."""
+    assert re.search(words, report.judged(settings))
+
+
+def test_the_report_holds_table_judge_figures_and_each_iteration(tmp_path):
+    """A figure that is linked by a path of this machine; settings that nobody can look up."""
+    run = make_run(tmp_path, evals={"win_rate": 0.6})
+    (run / "config.json").write_text(json.dumps({
+        "settings": {"name": "x", "alpha": 0.3, "ranker": "pairrm"}, "command": ["x"],
+        "git_revision": None, "torch": "", "transformers": ""}))
+    runs = [("SELM", run)]
+    assert report.write(runs, run / "report.md", [run / "figures/training.png"]) == (
+        report.table(runs))
+    text = (run / "report.md").read_text()
+    for words in (report.table(runs), "![training](figures/training.png)", "| alpha | 0.3 |",
+                  "`pairrm`, which also chose", "- iteration 1: 8 pairs of 10 prompts"):
+        assert words in text
