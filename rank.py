@@ -70,16 +70,29 @@ def give_roles(row, scores):
     """
     candidates, texts = row["candidates"], [c["text"] for c in row["candidates"]]
     index = {source: i for i, c in enumerate(candidates) for source in c["sources"]}
+    for candidate, score in zip(candidates, scores or []):
+        candidate["score"] = score
+    if "reference" in index:
+        return give_roles_to_two_samples(row, index, scores)
     row["sampled"] = [i for i, c in enumerate(candidates) for source in c["sources"]
                       if source == "sampled"]
     pair = index["data_chosen"], index["data_rejected"]
     if scores:
         pair = choose_pair(scores, texts) or (row["sampled"][0],) * 2
-        for candidate, score in zip(candidates, scores):
-            candidate["score"] = score
     row["chosen"], row["rejected"] = pair
     if not all(texts[index[source]].strip() for source in ("data_chosen", "data_rejected")):
         row["dropped"] = "empty response in the data"
+    return row
+
+
+def give_roles_to_two_samples(row, index, scores):
+    """The same for --pairs reference (XPO, arXiv 2405.21046, Algorithm 1): the policy's sample
+    against the first model's. A tie goes to the policy's; the optimism term is on the other one,
+    also where it won. index: source -> candidate."""
+    policy, reference = index["policy"], index["reference"]
+    lost = scores[policy] < scores[reference]
+    row["chosen"], row["rejected"] = (reference, policy) if lost else (policy, reference)
+    row["sampled"] = [reference]
     return row
 
 

@@ -60,7 +60,8 @@ def self_explore(run, start, settings):
         here, s = run.folder / f"iter_{k}", settings.at(k)
 
         # y ~ pi(.|x), then the best and the worst of {y, y_w, y_l}
-        samples = once(here / "samples.jsonl", sample_responses, portion, policy, start, s)
+        draw = sample_responses if s.pairs == "data" else sample_of_two
+        samples = once(here / "samples.jsonl", draw, portion, policy, start, s)
         pairs = once(here / "pairs.jsonl", rank_candidates, portion, samples, start, s)
         # log pi_ref of every response that the loss needs, before the first update
         lessons = Lessons(pairs, policy if s.reference == "previous" else start.policy, s)
@@ -102,15 +103,27 @@ def sample_responses(records, policy, start, s):
                 for y in ids[i * n:(i + 1) * n]]}
 
 
+def sample_of_two(records, policy, start, s):
+    """--pairs reference: of each record the policy's sample, then one of the first model."""
+    records, again = itertools.tee(records)
+    other = replace(s, iteration=f"{s.iteration}, reference")  # a random stream of its own
+    for row, its in zip(sample_responses(records, policy, start, s),
+                        sample_responses(again, start.policy, start, other)):
+        yield {**row, "samples": row["samples"] + its["samples"]}
+
+
 def rank_candidates(records, samples, start, s):
     """Best and worst of {y, y_w, y_l}, says the judge: the rows of pairs.jsonl. Without samples the
     data's own pair is the pair."""
     judge = start.judging(samples.path.parent)
     for chunk in chunks(records, CHUNK):
-        rows = [data.make_row(record, prompt, responses, [
-                    y["ids"] for y in samples.of(record["prompt_id"])["samples"]], start.chat)
-                for record, prompt, responses in data.encode(chunk, start.chat, s.max_prompt_length,
-                                                             s.max_length)]
+        rows = []
+        for record, prompt, responses in data.encode(chunk, start.chat, s.max_prompt_length,
+                                                     s.max_length):
+            ys = [y["ids"] for y in samples.of(record["prompt_id"])["samples"]]
+            rows.append(data.make_row(record, prompt, responses, ys, start.chat)
+                        if s.pairs == "data" else
+                        data.make_row(record, prompt, ys, [], start.chat, ("policy", "reference")))
         scores = [None] * len(rows)
         if s.responses_per_prompt:
             scores = judge([row["prompt"] for row in rows],

@@ -1,136 +1,348 @@
-"""What the optimism term does in the toy worlds: arms x worlds x seeds, with 95 % intervals.
+"""Is optimism more than slower or faster learning, and which term, alpha and y does what?
 
-    python experiments/ablation.py                 8 seeds
-    python experiments/ablation.py --seeds 3       the README's table; 6 minutes on 2 busy cores
-    python experiments/ablation.py --draw          table and figure again from ablation.json
+    python experiments/ablation.py            CPU TIME
+    python experiments/ablation.py --quick    seconds, no evidence; writes to runs/ablation_quick/
+    python experiments/ablation.py --draw --full     all measures, from the numbers that are there
 
-Arms: alpha = 0 (iterative DPO); the paper's alpha 1e-3 and a large one with greedy y, as the
-authors' code samples; the large one with y at temperature 1, as the paper writes. All arms of a
-seed share the base model, the prompts and the seeds: differences are taken within seeds.
+WORLDS (harness/toy.py): "neutral", where the commonest word is of average taste, is the one to
+judge by. In "default" it is poor, which suits optimism; in "rare" the best words are the rarest.
+ARMS: alpha 0, 1e-4 .. 1; y greedy, as the authors' code samples, and at temperature 1, as the paper
+writes; SELM's term; POPO's at four times SELM's alpha, for its slope at the start is a quarter; and
+XPO, whose pairs are its own. XPO's term alpha log pi(y) has SELM's gradient at alpha / beta, so that
+with SELM's pairs it would be the same arm again. Every arm minus the arm that differs in alpha
+alone, within seeds.
 
-Worlds (harness/toy.py): "default" has headroom because its commonest word is poor, which suits it;
-"neutral" favours nothing; in "rare" the best words are those that are hardly ever said.
+CONTROLS (neutral world). The path: alpha = 0 goes on for five iterations and is stopped after each
+quarter of one (a quarter of the prompts, with its own schedule). Where the path has the KL from the
+start that an optimistic arm has, or, the last time, its entropy, the two are compared. Rare words:
+how much of the first word's probability is on the rarer half of the words, good or bad (retention),
+and which share of that on good ones (discovery). The long run: 24 iterations of 4 prompts with 16
+rows each.
 
-Writes experiments/results/ablation.json and ablation.png; prints the README's table.
+PREDICTIONS (committed before seeds 0..9 were run; first looks of 3 to 5 seeds were known)
+1. alpha <= 1e-3 changes the reward by less than 1e-3, whatever y is.
+2. Greedy y in the neutral world: entropy and words in use rise with alpha; no gain in reward.
+3. y at temperature 1: KL rises, entropy falls, no gain in reward.
+4. POPO at 4 alpha is SELM at alpha while y is near its reference, and milder where it is not.
+5. XPO's term, on samples of the first model, adds KL and no reward.
+6. At equal KL, alpha = 0 has more reward than greedy optimism; at equal entropy, less.
+7. Greedy optimism retains rare words; it does not discover which of them are good.
+8. In the long run the greedy answers of alpha = 0 cease to change, those of greedy optimism less so;
+   the reward of the neutral world does not profit.
+
++- is a 95 % interval over the seeds (Student's t), of paired differences.
+Test: pytest tests/test_experiments.py.
 """
 
-import argparse
-import contextlib
-import io
-import json
-import shutil
-import sys
+import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import matplotlib  # noqa: E402
+import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from common import (MEASURES, SEEDS, World, cell, command, differences, markdown, mean_interval,
+                    minus)
 
-import train_loop  # noqa: E402
-from harness import report  # noqa: E402
+from harness import weights  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
-WORLDS = ("toy", "toy-neutral", "toy-rare")
-ARMS = {"DPO (alpha 0)": ["--alpha", "0"],
-        "alpha 0.001, greedy y": ["--alpha", "0.001"],
-        "alpha 0.3, greedy y": ["--alpha", "0.3"],
-        "alpha 0.3, y at temperature 1": ["--alpha", "0.3", "--temperature", "1"],
-        "DPO, y at temperature 1": ["--alpha", "0", "--temperature", "1"]}
-# What each optimism arm is compared with: the arm that differs in alpha alone.
-BASELINE = {"alpha 0.001, greedy y": "DPO (alpha 0)", "alpha 0.3, greedy y": "DPO (alpha 0)",
-            "alpha 0.3, y at temperature 1": "DPO, y at temperature 1"}
-MEASURES = {"true_reward": "true reward", "true_coverage": "words in use",
-            "true_entropy": "entropy, nats", "true_kl": "KL from the start, nats",
-            "true_invalid": "invalid replies"}
+ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1)
+OF_Y = {"greedy y": dict(temperature=0.0), "y at temperature 1": dict(temperature=1.0)}
+XPO = dict(temperature=1.0, optimism="xpo", reference="initial", pairs="reference")
+FULL = dict(seeds=SEEDS, rows=512, alphas=ALPHAS, worlds=("neutral", "default", "rare"), long=24)
+QUICK = dict(seeds=(0, 1), rows=32, alphas=(0.3,), worlds=("neutral",), long=3)
+LONG_EVERY = 4  # the truth is measured after so many iterations of the long run
 
 
-def run_all(seeds):
-    """world -> arm -> a final evaluation row a seed (and 'start' for the base model)."""
-    results = {world: {arm: [] for arm in ("start", *ARMS)} for world in WORLDS}
-    with tempfile.TemporaryDirectory() as folder:
-        todo = [(w, s, a) for w in WORLDS for s in range(seeds) for a in ARMS]
-        for world, seed, arm in tqdm(todo, desc="ablation", unit="run"):
-            first, run = (Path(folder) / f"{world}_{seed}_{list(ARMS).index(a)}"
-                          for a in (next(iter(ARMS)), arm))
-            if run != first:  # the arms of a seed share one world
-                shutil.copytree(first / "world", run / "world")
-            with (contextlib.redirect_stdout(io.StringIO()),
-                  contextlib.redirect_stderr(io.StringIO())):
-                train_loop.main(["--model", world, "--run-dir", str(run), "--seed", str(seed),
-                                 "--seeds", "1", "--no-baseline", *ARMS[arm]])
-            rows = report.rows_of(run, "eval")
-            if run == first:
-                results[world]["start"].append(pick(rows[0]))
-            results[world][arm].append(pick(rows[-1]))
-    return results
+def main(argv=None):
+    command(__file__, measure, draw, table, argv)
 
 
-def pick(row):
-    return {name: row[name] for name in MEASURES}
+def arms_of(world, alphas):
+    """name -> (settings, name of the arm to compare with)."""
+    few, arms = [alpha for alpha in alphas if alpha >= 0.1], {}
+    for y, how in OF_Y.items():
+        base = f"alpha 0, {y}"
+        arms[base] = dict(alpha=0.0, **how), None
+        for alpha in alphas if world == "neutral" else few:
+            arms[f"alpha {alpha:g}, {y}"] = dict(alpha=alpha, **how), base
+        for alpha in few if world == "neutral" else ():
+            arms[f"POPO, alpha {4 * alpha:g}, {y}"] = dict(
+                alpha=4 * alpha, optimism="popo", **how), base
+    if world == "neutral":
+        arms["XPO, alpha 0"] = dict(alpha=0.0, **XPO), None
+        for alpha in few:
+            arms[f"XPO, alpha {alpha:g}"] = dict(alpha=alpha, **XPO), "XPO, alpha 0"
+    return arms
 
 
-def cell(values):
-    mean, width = report.mean_interval(values)
-    return f"{mean:.3g} ± {width:.1g}"
+# ----------------------------------------------------------------------------------------------
+# 1. The measurements
+# ----------------------------------------------------------------------------------------------
 
 
-def table(results):
-    lines = ["| world | arm | " + " | ".join(MEASURES.values()) + " |",
-             "|" + "---|" * (len(MEASURES) + 2)]
-    for world, arms in results.items():
-        for arm, rows in arms.items():
-            lines.append(f"| {world} | {arm} | " + " | ".join(
-                cell([row[name] for row in rows]) for name in MEASURES) + " |")
-            if arm in BASELINE:
-                base = arms[BASELINE[arm]]
-                lines.append(f"| {world} | - its DPO, paired | " + " | ".join(
-                    cell([a[name] - b[name] for a, b in zip(rows, base)])
-                    for name in MEASURES) + " |")
-    return "\n".join(lines)
+def measure(quick, workers):
+    sizes = QUICK if quick else FULL
+    seeds, rows = sizes["seeds"], sizes["rows"]
+    return {"seeds": list(seeds), "alphas": sizes["alphas"],
+            "worlds": {world: workers.map(functools.partial(
+                all_arms, world, sizes["alphas"], rows), seeds) for world in sizes["worlds"]},
+            "path": workers.map(functools.partial(both_paths, rows), seeds),
+            "long": workers.map(functools.partial(long_runs, sizes["long"]), seeds)}
 
 
-def draw(results, seeds):
-    """Paired differences to the arm without optimism, one panel a measure."""
-    shown = ("true_reward", "true_coverage", "true_entropy", "true_kl")
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.1 * len(shown), 3.3), sharey=True)
-    labels = [(world, arm) for world in results for arm in BASELINE]
-    for axis, name in zip(axes, shown):
-        for y, (world, arm) in enumerate(labels):
-            pairs = zip(results[world][arm], results[world][BASELINE[arm]])
-            mean, width = report.mean_interval([a[name] - b[name] for a, b in pairs])
-            axis.errorbar(mean, -y, xerr=width, marker="o", markersize=4, capsize=3, color=(
-                "#30638e", "#d1495b", "#8a8a8a")[list(BASELINE).index(arm)])
-        axis.axvline(0, color="grey", linewidth=0.7)
-        axis.set_title(MEASURES[name], fontsize=9)
+def all_arms(variant, alphas, rows, home, seed):
+    """The start and the courses of one seed."""
+    world = World(home, seed, variant, rows=rows)
+    return {"start": [world.measure()], **{name: world.course(**changes) for name, (changes, _) in
+                                           arms_of(variant, alphas).items()}}
+
+
+def both_paths(rows, home, seed):
+    world = World(home, seed, rows=rows)
+    with tempfile.TemporaryDirectory(dir=home) as folder:
+        return {y: path(world, Path(folder) / y, how) for y, how in OF_Y.items()}
+
+
+def path(world, folder, how):
+    """alpha = 0, stopped: the measures of the start and after each quarter of five iterations (the
+    fourth and the fifth meet the prompts of the first and the second again)."""
+    policy, points, portions = world.start.policy, [world.measure()], world.start.portions
+    for k, portion in enumerate([*portions, *portions[:2]]):
+        for quarter in (1, 2, 3, 4):
+            start = replace(world.start, policy=policy,
+                            portions=[portion[:len(portion) * quarter // 4]])
+            [stopped] = world.policies(folder / f"{k}_{quarter}", start, alpha=0.0, **how)
+            points.append(world.measure(stopped))
+        policy = str(stopped)  # of the whole portion
+    return points
+
+
+def long_runs(iterations, home, seed):
+    """Both alphas and both y over many short iterations: the truth now and then, and after each
+    iteration how many greedy answers to the test prompts are others than before."""
+    world, result = World(home, seed, rows=64, iterations=iterations), {}
+    before = world.greedy(world.base)
+    for y, how in OF_Y.items():
+        for alpha in (0.0, 0.3):
+            with tempfile.TemporaryDirectory(dir=home) as folder:
+                policies = world.policies(Path(folder), alpha=alpha, **how)
+                answers = [before, *(world.greedy(weights.load_model(p)) for p in policies)]
+                result[f"alpha {alpha:g}, {y}"] = {
+                    "course": [world.measure(p) for p in policies[LONG_EVERY - 1::LONG_EVERY]],
+                    "changed": [sum(a != b for a, b in zip(old, new)) / len(new)
+                                for old, new in zip(answers, answers[1:])]}
+    return result
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. What came out
+# ----------------------------------------------------------------------------------------------
+
+
+def at_equal(points, measure, target):
+    """The point of a path where a measure has the target, the last time, interpolated between two
+    stops; None where it never has."""
+    for old, new in reversed(list(zip(points, points[1:]))):
+        low, high = sorted((old[measure], new[measure]))
+        if low <= target <= high and low < high:
+            part = (target - old[measure]) / (new[measure] - old[measure])
+            return {name: old[name] + part * (new[name] - old[name]) for name in old}
+    return None
+
+
+def controlled(results, name, y, measure, k):
+    """Differences in reward to alpha = 0 stopped where it has the arm's KL or entropy after
+    iteration k, of the seeds where it has."""
+    pairs = [(seed[name][k - 1], at_equal(points[y], measure, seed[name][k - 1][measure]))
+             for seed, points in zip(results["worlds"]["neutral"], results["path"])]
+    return [arm["reward"] - stop["reward"] for arm, stop in pairs if stop]
+
+
+def arm(seeds, name):
+    return [seed[name] for seed in seeds]
+
+
+def compared(results, world):
+    """(arm, the arm it is compared with) of a world, in order."""
+    return [(name, base) for name, (_, base) in arms_of(world, results["alphas"]).items() if base]
+
+
+def table(results, full):
+    """Markdown: the arms of the neutral world (full: of all), the controls, the long run."""
+    ks = (1, 2, 3)
+    columns = [(m, ks) for m in MEASURES if m != "share"] if full else [
+        ("reward", ks), ("share_good", (3,)), ("coverage", (3,)), ("entropy", (3,)), ("kl", (3,))]
+    rows = []
+    for world in results["worlds"] if full else ["neutral"]:
+        for name, base in compared(results, world):
+            seeds = results["worlds"][world]
+            share, width = mean_interval([seed[name][0]["share"] for seed in seeds])
+            rows.append([*([world] if full else []), name, f"{share:.2%} ± {width:.2%}",
+                         *(differences(arm(seeds, name), arm(seeds, base), m, at)
+                           for m, at in columns)])
+    head = [*(["world"] if full else []), "arm, minus its alpha 0", "share of the gradient, at first"]
+    head += [f"{MEASURES[m]} after {' / '.join(map(str, at))}" for m, at in columns]
+    return "\n\n".join([markdown(head, rows), control_table(results), word_table(results),
+                        long_table(results)])
+
+
+def control_table(results):
+    """Reward minus that of alpha = 0 stopped at equal KL and at equal entropy."""
+    rows = []
+    for name, base in compared(results, "neutral"):
+        if name.startswith("alpha"):
+            y = name.split(", ")[1]
+            rows.append([name])
+            for measure in ("kl", "entropy"):
+                values = [controlled(results, name, y, measure, k) for k in (1, 2, 3)]
+                rows[-1].append(" / ".join(
+                    f"{cell(v) if len(v) > 1 else 'never'} ({len(v)})" for v in values))
+    return markdown(["true reward after 1 / 2 / 3 (seeds), minus alpha 0 stopped",
+                     "at equal KL", "at equal entropy"], rows)
+
+
+def word_table(results):
+    """Retention and discovery of rare words after the last iteration."""
+    rows = []
+    for world, seeds in results["worlds"].items():
+        for name, base in compared(results, world):
+            if name.startswith("alpha 0.3"):
+                rows.append([world, name, *(
+                    text for m in ("rare", "rare_good") for text in (
+                        cell([seed[base][-1][m] for seed in seeds], paired=False),
+                        cell(minus(arm(seeds, name), arm(seeds, base), m, 3))))])
+    return markdown(["world", "arm", "rare words: alpha 0", "minus alpha 0 (retention)",
+                     "good share of them: alpha 0", "minus alpha 0 (discovery)"], rows)
+
+
+def long_table(results):
+    """The end of the long run, as differences; and how many greedy answers still change there."""
+    rows = []
+    for y in OF_Y:
+        courses = [[seed[f"alpha {a:g}, {y}"]["course"][-1:] for seed in results["long"]]
+                   for a in (0.3, 0)]
+        still = [cell([sum(seed[f"alpha {a:g}, {y}"]["changed"][-LONG_EVERY:]) / LONG_EVERY
+                       for seed in results["long"]], paired=False) for a in (0.3, 0)]
+        if courses[0][0]:
+            rows.append([f"alpha 0.3 minus alpha 0, {y}", *(
+                differences(*courses, m, [1]) for m in LONG_MEASURES), *still])
+    return markdown(["long run, at its end", *(MEASURES[m] for m in LONG_MEASURES),
+                     "greedy answers that change in an iteration: alpha 0.3", "alpha 0"], rows)
+
+
+LONG_MEASURES = ("reward", "greedy_reward", "share_good", "coverage", "entropy", "kl")
+
+
+COLOURS = {"greedy y": "#d1495b", "y at temperature 1": "#30638e"}
+GOLD, GREY = "#edae49", "#8a8a8a"
+
+
+def draw(results, path):
+    figure, axes = plt.subplots(2, 3, figsize=(15, 9))
+    panels = (draw_reward, draw_entropy, draw_paths, draw_words, draw_long_entropy, draw_long)
+    for axis, panel in zip(axes.flat, panels):
+        axis.set_title(panel(axis, results), fontsize=9, loc="left")
         axis.grid(alpha=0.25)
-        axis.tick_params(labelsize=7)
-        axis.locator_params(axis="x", nbins=5)
-    axes[0].set_yticks([-y for y in range(len(labels))],
-                       [f"{world}: {arm}" for world, arm in labels], fontsize=7)
-    figure.suptitle("Optimism minus none, after 3 iterations: paired mean and 95 % interval, "
-                    f"{seeds} seeds", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "ablation.png", dpi=130)
+        axis.legend(fontsize=7.5)
+    figure.suptitle(f"Optimism against alpha = 0 in the toy world, after 3 iterations: means and "
+                    f"95 % intervals of {len(results['seeds'])} seeds, differences paired",
+                    fontsize=11)
+    figure.tight_layout(h_pad=2, w_pad=2)
+    figure.savefig(path, dpi=100)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=8, help="seeds of every arm in every world")
-    parser.add_argument("--draw", action="store_true", help="only draw from ablation.json")
-    args = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "ablation.json"
-    if not args.draw:
-        path.write_text(json.dumps({"seeds": args.seeds, "results": run_all(args.seeds)}, indent=1))
-    stored = json.loads(path.read_text())
-    draw(stored["results"], stored["seeds"])
-    print(table(stored["results"]))
+def errorbars(axis, xs, lists, **style):
+    means, widths = zip(*map(mean_interval, lists))
+    axis.errorbar(xs, means, yerr=widths, **{"marker": "o", "markersize": 4, "capsize": 3} | style)
+
+
+def by_alpha(axis, results, measure):
+    """A line a family of arms of the neutral world, over alpha; POPO at a quarter of its alpha."""
+    seeds = results["worlds"]["neutral"]
+    families = [(f"alpha {{:g}}, {y}", 1, f"SELM, {y}", colour, "-") for y, colour in
+                COLOURS.items()] + [(f"POPO, alpha {{:g}}, {y}", 4, f"POPO, {y}", colour, ":")
+                                    for y, colour in COLOURS.items()]
+    bases = dict(compared(results, "neutral"))
+    for form, factor, label, colour, line in [*families, ("XPO, alpha {:g}", 1, "XPO", GOLD, "-")]:
+        known = [(a, form.format(factor * a)) for a in results["alphas"]
+                 if form.format(factor * a) in bases]
+        errorbars(axis, [a for a, _ in known],
+                  [minus(arm(seeds, name), arm(seeds, bases[name]), measure, 3)
+                   for _, name in known], color=colour, linestyle=line, label=label)
+    axis.axhline(0, color="grey", linewidth=0.7)
+    axis.set(xscale="log", xlabel="alpha (POPO: a quarter of its alpha)",
+             ylabel=f"{MEASURES[measure]}, minus alpha = 0")
+
+
+def draw_reward(axis, results):
+    by_alpha(axis, results, "reward")
+    return "1. CAPTION reward"
+
+
+def draw_entropy(axis, results):
+    by_alpha(axis, results, "entropy")
+    return "2. CAPTION entropy"
+
+
+def draw_paths(axis, results):
+    """Reward over KL: alpha = 0 on its way, and where the arms are after each iteration."""
+    seeds = results["worlds"]["neutral"]
+    mean = lambda points, m: sum(p[m] for p in points) / len(points)  # noqa: E731
+    for y, colour in COLOURS.items():
+        stops = list(zip(*(points[y] for points in results["path"])))
+        axis.plot([mean(s, "kl") for s in stops], [mean(s, "reward") for s in stops], color=colour,
+                  label=f"alpha 0, {y}, stopped at each quarter iteration")
+        for name, marker in ((f"alpha 0.3, {y}", "o"), (f"alpha 1, {y}", "s")):
+            if name in seeds[0]:
+                after = list(zip(*arm(seeds, name)))
+                axis.plot([mean(s, "kl") for s in after], [mean(s, "reward") for s in after],
+                          marker, color=colour, label=f"{name}, after 1, 2, 3")
+    axis.set(xlabel="KL from the start, nats", ylabel="true reward")
+    return "3. CAPTION paths"
+
+
+def draw_words(axis, results):
+    """Retention and discovery of rare words, greedy y."""
+    for measure, colour, offset in (("rare", GREY, -0.1), ("rare_good", GOLD, 0.1)):
+        lists = [minus(arm(seeds, "alpha 0.3, greedy y"), arm(seeds, "alpha 0, greedy y"),
+                       measure, 3) for seeds in results["worlds"].values()]
+        errorbars(axis, [x + offset for x in range(len(lists))], lists, linestyle="", color=colour,
+                  label={"rare": "retention: probability of a rare first word",
+                         "rare_good": "discovery: share of it on good words"}[measure])
+    axis.axhline(0, color="grey", linewidth=0.7)
+    axis.set_xticks(range(len(lists)), list(results["worlds"]))
+    axis.set(xlabel="world", ylabel="alpha = 0.3 minus alpha = 0, greedy y")
+    return "4. CAPTION words"
+
+
+def long_lines(axis, results, measure):
+    for y, colour in COLOURS.items():
+        for alpha, line in ((0.3, "-"), (0, ":")):
+            courses = [seed[f"alpha {alpha:g}, {y}"]["course"] for seed in results["long"]]
+            ks = [LONG_EVERY * (i + 1) for i in range(len(courses[0]))]
+            if ks:
+                errorbars(axis, ks, [[course[i][measure] for course in courses]
+                                     for i in range(len(ks))], color=colour, linestyle=line,
+                          label=f"alpha {alpha:g}, {y}")
+    axis.set(xlabel="iteration of 4 prompts", ylabel=MEASURES[measure])
+
+
+def draw_long_entropy(axis, results):
+    long_lines(axis, results, "greedy_reward")
+    return "5. CAPTION long reward"
+
+
+def draw_long(axis, results):
+    for y, colour in COLOURS.items():
+        for alpha, line in ((0.3, "-"), (0, ":")):
+            runs = [seed[f"alpha {alpha:g}, {y}"]["changed"] for seed in results["long"]]
+            axis.plot(range(1, len(runs[0]) + 1), [sum(at) / len(at) for at in zip(*runs)],
+                      color=colour, linestyle=line, label=f"alpha {alpha:g}, {y}")
+    axis.set(xlabel="iteration of 4 prompts", ylabel="greedy answers that changed", ylim=(0, 1))
+    return "6. CAPTION long changed"
 
 
 if __name__ == "__main__":

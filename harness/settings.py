@@ -96,6 +96,7 @@ class Settings:
     beta: float
     optimism: str
     reference: str
+    pairs: str
     iterations: int
     offline_first: bool
     prompts_per_iteration: int | None
@@ -142,7 +143,7 @@ class Settings:
         if iteration >= self.first:
             changes["lr"] = self.lr[iteration - self.first]
         if iteration == 0:
-            changes |= {"alpha": 0.0, "responses_per_prompt": 0}
+            changes |= {"alpha": 0.0, "responses_per_prompt": 0, "pairs": "data"}
         return replace(self, **changes)
 
     def _group(self, kind):
@@ -181,6 +182,9 @@ FLAGS = {
                          "(XPO); alpha / beta (sigmoid(beta r) - 1/2) (POPO)"),
         "reference": dict(choices=["previous", "initial"], default="previous", help="previous: "
                           "Algorithm 1; initial: a KL anchor that stays at the first model"),
+        "pairs": dict(choices=["data", "reference"], default="data", help="data: best and worst of "
+                      "{y, y_w, y_l}; reference: a sample of the policy against one of the first "
+                      "model, which optimism pushes down (XPO, with --optimism xpo)"),
         "iterations": dict(type=int, help="portions the prompts are split into"),
         "offline-first": dict(action=YES_OR_NO, help="the first portion is plain offline DPO, as "
                               "in the Zephyr recipe"),
@@ -314,6 +318,12 @@ def check(settings, own_data):
          "--max-length, or no room is left for a response"),
         (settings.responses_per_prompt == 1 or settings.temperature > 0, "--responses-per-prompt "
          "> 1 needs --temperature > 0: greedy samples would all be the same"),
+        (settings.pairs == "data" or settings.reference == "initial", "--pairs reference: its "
+         "pairs hold a sample of the first model; give --reference initial as well"),
+        (settings.pairs == "data" or settings.temperature > 0, "--pairs reference needs "
+         "--temperature > 0: greedy, both samples would be the same in the first iteration"),
+        (settings.pairs == "data" or settings.responses_per_prompt == 1, "--pairs reference takes "
+         "one sample of each model; leave --responses-per-prompt at 1"),
         (not ("human" in (settings.ranker, settings.eval_ranker) and processes > 1),
          "--ranker human: judge in a single process"),
         (settings.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here")]

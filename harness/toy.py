@@ -14,6 +14,7 @@
             it also means that pushing down what the model says by habit is RIGHT here, which suits
             the optimism term. So a higher reward with alpha > 0 in this world proves little.
             "neutral": the same, but the commonest word is average (0.5): less headroom, no favour.
+            "0.8", any number in [0, 1]: the same, and that is the taste of the commonest word.
             "rare": the best words are those that the base model hardly ever says; an ablation.
 
 What it is for: the loop runs in a second, through the same door as a real model (a Hugging Face
@@ -57,9 +58,8 @@ FAMILIES = {
 ADJECTIVES = ("sly swift brave calm fierce gentle clever loud quiet proud shy bold graceful clumsy "
               "lazy eager wild tame noble playful patient stubborn hungry lonely").split()
 FAMILY_OF = {animal: family for family, animals in FAMILIES.items() for animal in animals}
-VARIANTS = ("default", "neutral", "rare")
+VARIANTS = ("default", "neutral", "rare")  # and any number, see commonest_taste
 RANK_EXPONENT = 1.6
-COMMONEST_TASTE = {"default": 0.1, "neutral": 0.5}  # the higher, the less there is to gain
 GOOD_REWARD = 0.75  # `share_good` counts the replies above it
 
 SFT_STEPS, SFT_BATCH, SFT_LR = 400, 32, 5e-3
@@ -74,22 +74,31 @@ def ranked_adjectives(family):
 
 def tastes(variant, family):
     """adjective -> hidden taste in [0, 1]."""
-    if variant not in VARIANTS:
-        raise ValueError(f"toy variant '{variant}' is unknown; there are {', '.join(VARIANTS)}")
     ranked, words = ranked_adjectives(family), len(ADJECTIVES)
     # Values are distinct where they can be: equal rewards would give no preference.
-    if variant in COMMONEST_TASTE:
+    if variant != "rare":
         order, pairs = list(FAMILIES).index(family), words // 2
         rng = random.Random(f"taste {family}")
         bad = rng.sample([0.25 * i / (pairs - 1) for i in range(pairs)], pairs)
         good = rng.sample([1 - taste for taste in bad], pairs)
-        values = [COMMONEST_TASTE[variant]]
+        values = [commonest_taste(variant)]
         for i in range(pairs):  # ranks 2 and 3, 4 and 5, ...; 25 does not exist
             values += [good[i], bad[i]] if (i + order) % 2 else [bad[i], good[i]]
     else:
         middle = words - 8
         values = [0.5] * 4 + [0.25 * i / middle for i in range(middle)] + [1.0] * 4
     return dict(zip(ranked, values))
+
+
+def commonest_taste(variant):
+    """How good the base model's habit is; the higher, the less there is to gain."""
+    try:
+        taste = {"default": 0.1, "neutral": 0.5}.get(variant) or float(variant)
+        assert 0 <= taste <= 1
+        return taste
+    except (ValueError, AssertionError):
+        raise ValueError(f"toy variant '{variant}' is unknown; there are {', '.join(VARIANTS)} and "
+                         "any number from 0 to 1") from None
 
 
 def draw_reply(rng, family):
@@ -114,18 +123,26 @@ def family_of(messages):
     return next((FAMILY_OF[w] for w in messages[-1]["content"].split() if w in FAMILY_OF), None)
 
 
+def said_before(messages):
+    """The words of the assistant's earlier turns."""
+    return {word for turn in messages if turn["role"] == "assistant"
+            for word in turn["content"].split()}
+
+
 def oracle(variant="default"):
     """The true reward as a ranker: (prompts, candidates) -> list of lists of float in [0, 1].
 
     Reward = sum of the tastes of the DISTINCT adjectives / max(2, words). Defined for any string:
-    an unknown word adds nothing, a repeated one counts once, and words beyond two dilute (a plain
-    sum would pay for length, and the loop would find that out). An unknown animal scores 0.
+    an unknown word adds nothing, a repeated one counts once (one of an earlier turn not at all),
+    and words beyond two dilute (a plain sum would pay for length, and the loop would find that
+    out). An unknown animal scores 0.
     """
     by_family = {family: tastes(variant, family) for family in FAMILIES}
 
     def reward(messages, reply):
         taste, words = by_family.get(family_of(messages), {}), reply.split()
-        return sum(taste.get(word, 0.0) for word in sorted(set(words))) / max(2, len(words))
+        new = set(words) - said_before(messages)
+        return sum(taste.get(word, 0.0) for word in sorted(new)) / max(2, len(words))
 
     return lambda prompts, candidates: [
         [reward(messages, reply) for reply in replies]
@@ -155,11 +172,11 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_model(tokenizer):
+def make_model(tokenizer, width=64):
     """A Llama of 0.1 M parameters with random weights (drawn from torch's global generator)."""
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), initializer_range=0.1,  # 0.02 is for wide layers, and slow here
-        hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+        hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
@@ -167,6 +184,18 @@ def make_model(tokenizer):
 
 def question(verb, animal):
     return [{"role": "user", "content": f"{verb} the {animal}"}]
+
+
+def second_turns(prompts, conversations, seed):
+    """(verb, animal)s -> for each so many conversations that ask a second time, with another verb;
+    the first answer is one of the base model's law. What it said pays nothing now (`oracle`)."""
+    rng, result = random.Random(f"conversations {seed}"), []
+    for verb, animal in prompts * conversations:
+        first = rng.choice([other for other in VERBS if other != verb])
+        result.append([*question(first, animal),
+                       {"role": "assistant", "content": draw_reply(rng, FAMILY_OF[animal])},
+                       *question(verb, animal)])
+    return result
 
 
 def render(tokenizer, prompts):
@@ -177,19 +206,20 @@ def render(tokenizer, prompts):
     return torch.tensor(rows)
 
 
-def train_base(seed, progress=True):
-    """(model, tokenizer): SFT from random weights, all 144 prompts, loss on the reply only."""
+def train_base(seed, progress=True, width=64, prompts=None):
+    """(model, tokenizer): SFT from random weights, loss on the reply only. prompts: message lists
+    of equal lengths, by default the 144 questions; a reply depends on the last turn alone."""
     rng = random.Random(f"sft {seed}")
     tokenizer = make_tokenizer()
-    prompts = [(verb, animal) for verb in VERBS for animal in FAMILY_OF]
-    prompt_ids = render(tokenizer, [question(*prompt) for prompt in prompts])  # (144, 6)
+    prompts = prompts or [question(verb, animal) for verb in VERBS for animal in FAMILY_OF]
+    prompt_ids = render(tokenizer, prompts)  # (144, 6)
     picks = rng.choices(range(len(prompts)), k=SFT_STEPS * SFT_BATCH)
-    replies = [draw_reply(rng, FAMILY_OF[prompts[i][1]]) + tokenizer.eos_token for i in picks]
+    replies = [draw_reply(rng, family_of(prompts[i])) + tokenizer.eos_token for i in picks]
     reply_ids = torch.tensor(tokenizer(replies)["input_ids"])  # (steps * batch, 3)
     ids = torch.cat([prompt_ids[picks], reply_ids], dim=1)  # (steps * batch, 9)
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
         torch.manual_seed(seed)
-        model = make_model(tokenizer)
+        model = make_model(tokenizer, width)
     labels = ids.clone()
     labels[:, :prompt_ids.shape[1]] = -100  # transformers shifts them by one itself
     optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LR, betas=(0.9, 0.95), weight_decay=0)
@@ -217,16 +247,16 @@ def split_prompts():
 
 
 def preference_rows(prompts, variant, name):
-    """One UltraFeedback-binarized row a (verb, animal): two replies of the SFT distribution, the
+    """One UltraFeedback-binarized row a prompt (messages): two replies of the SFT distribution, the
     better one chosen by the true reward; drawn again are equal rewards, and what a prompt has
     already (a reader of rows leaves repetitions out). `name` is the seed."""
     rng, ranker, rows, known = random.Random(name), oracle(variant), [], set()
-    for i, (verb, animal) in enumerate(prompts):
-        messages, scores, replies = question(verb, animal), (0, 0), []
-        while scores[0] == scores[1] or (verb, animal, *sorted(replies)) in known:
-            replies = [draw_reply(rng, FAMILY_OF[animal]) for _ in range(2)]
+    for i, messages in enumerate(prompts):
+        prompt, scores, replies = [turn["content"] for turn in messages], (0, 0), []
+        while scores[0] == scores[1] or (*prompt, *sorted(replies)) in known:
+            replies = [draw_reply(rng, family_of(messages)) for _ in range(2)]
             [scores] = ranker([messages], [replies])
-        known.add((verb, animal, *sorted(replies)))
+        known.add((*prompt, *sorted(replies)))
         row = {"prompt": messages[0]["content"], "prompt_id": f"{name} {i}"}
         for role, score, reply in zip(("rejected", "chosen"), *zip(*sorted(zip(scores, replies)))):
             row[role] = [*messages, {"role": "assistant", "content": reply}]
@@ -260,7 +290,8 @@ def build_world(folder, seed, *, variant="default", prompts=TRAIN_ROWS, progress
     tokenizer.save_pretrained(unfinished / "base")
     train, test = split_prompts()
     for name, pairs in (("train", repeated(train, prompts, seed)), ("test", test)):
-        rows = preference_rows(pairs, variant, f"toy {variant} {seed} {name}")
+        rows = preference_rows([question(*pair) for pair in pairs], variant,
+                               f"toy {variant} {seed} {name}")
         write_jsonl(unfinished / f"{name}.jsonl", rows)
     write_text(unfinished / "world.json", json.dumps(world))
     os.replace(unfinished, folder)
@@ -282,7 +313,8 @@ def textbook_world(seed, rows, portions=3):
     share = len(train) // portions
     result = []
     for k in range(portions):
-        prompts = repeated(order[k * share:(k + 1) * share], rows, seed)
+        prompts = [question(*prompt) for prompt in
+                   repeated(order[k * share:(k + 1) * share], rows, seed)]
         result.append([{"prompt": row["chosen"][:-1], "data_chosen": row["chosen"][-1]["content"],
                         "data_rejected": row["rejected"][-1]["content"]}
                        for row in preference_rows(prompts, "default", f"textbook {seed} {k}")])
@@ -312,16 +344,21 @@ def true_measures(model, base_model, tokenizer, prompts, *, variant="default", s
     ids = render(tokenizer, prompts).repeat_interleave(samples, 0).to(model.device)  # (B*S, T)
     generator = torch.Generator().manual_seed(seed)
     start, end_id = ids.shape[1], tokenizer.eos_token_id
-    alive = torch.ones(len(ids), device=ids.device)
-    kl, entropy = torch.zeros_like(alive), torch.zeros_like(alive)
-    while alive.any() and ids.shape[1] < start + MAX_REPLY_TOKENS:
-        logps = model(ids, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)  # (B*S, V)
-        base_logps = base_model(ids, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
-        kl += alive * (logps.exp() * (logps - base_logps)).sum(-1)
-        entropy -= alive * (logps.exp() * logps).sum(-1)
-        token = torch.multinomial(logps.exp().cpu(), 1, generator=generator).to(ids.device)
+    alive = torch.arange(len(ids), device=ids.device)  # the replies that have not ended, (n,)
+    kl, entropy = torch.zeros(2, len(ids), device=ids.device)
+    while len(alive) and ids.shape[1] < start + MAX_REPLY_TOKENS:
+        prefixes, which = ids[alive].unique(dim=0, return_inverse=True)  # few, many times each
+        logps, base_logps = (
+            m(prefixes, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)[which]
+            for m in (model, base_model))  # (n, V)
+        kl[alive] += (logps.exp() * (logps - base_logps)).sum(-1)
+        entropy[alive] -= (logps.exp() * logps).sum(-1)
+        # Random numbers for all rows, so that a reply's do not depend on which others have ended.
+        chances = torch.ones(len(ids), logps.shape[1])
+        chances[alive.cpu()] = logps.exp().cpu()
+        token = torch.multinomial(chances, 1, generator=generator).to(ids.device)
         ids = torch.cat([ids, token], dim=1)  # what follows the end is noise that nobody reads
-        alive = alive * (token[:, 0] != end_id)
+        alive = alive[token[alive, 0] != end_id]
     texts = [text.partition(tokenizer.eos_token) for text in tokenizer.batch_decode(ids[:, start:])]
     owners = [messages for messages in prompts for _ in range(samples)]
     rewards = sum(oracle(variant)(owners, [[reply] for reply, _, _ in texts]), [])

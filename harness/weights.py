@@ -1,6 +1,6 @@
 """Weights on disk: load a policy in the form that a phase needs, refuse what is not whole, save.
 
-Test: pytest tests/test_weights.py tests/test_architectures.py.
+Test: pytest tests/test_architectures.py tests/test_gguf.py.
 """
 
 import ctypes

@@ -115,6 +115,40 @@ def test_an_unknown_variant_is_named_before_any_training(tmp_path):
         toy.oracle("lucky")
 
 
+def test_a_number_is_the_taste_of_the_commonest_word_and_nothing_else_changes():
+    """Bug: a sweep of the habit that moves other tastes with it, or takes 0 for "not given"."""
+    for family in toy.FAMILIES:
+        neutral, first = toy.tastes("neutral", family), toy.ranked_adjectives(family)[0]
+        for variant in ("0", "0.25", "1"):
+            assert toy.tastes(variant, family) == {**neutral, first: float(variant)}
+    for variant in ("-0.1", "1.5", "nan", ""):
+        with pytest.raises(ValueError, match="any number from 0 to 1"):
+            toy.tastes(variant, "birds")
+
+
+def test_a_word_that_an_earlier_turn_has_said_pays_nothing():
+    """Bug: a second turn whose best answer does not depend on the first; or a user's words taken
+    for said."""
+    taste = toy.tastes("default", "beasts")
+    talk = [*FOX, {"role": "assistant", "content": "sly swift"},
+            {"role": "user", "content": "sketch the calm fox"}]
+    [scores] = toy.oracle()([talk], [["sly swift", "sly brave", "brave calm"]])
+    assert scores == pytest.approx([0, taste["brave"] / 2, (taste["brave"] + taste["calm"]) / 2])
+
+
+def test_second_turns_ask_anew_and_answer_first_by_the_law_of_the_language():
+    """Bug: a first turn about another animal, with the same question, or the same for all seeds."""
+    prompts = [("describe", "fox"), ("sketch", "owl")]
+    talks = toy.second_turns(prompts, 50, seed=0)
+    assert len(talks) == 100 and talks != toy.second_turns(prompts, 50, seed=1)
+    for (verb, animal), (asked, answer, again) in zip(prompts * 50, talks):
+        assert again == toy.question(verb, animal)[0]
+        assert asked["content"].split()[1:] == ["the", animal] and asked != again
+        assert answer["role"] == "assistant" and toy.is_valid(answer["content"])
+    first = Counter(talk[1]["content"].split()[0] for talk in talks[::2])
+    assert first.most_common(1)[0][0] in toy.ranked_adjectives("beasts")[:2]
+
+
 def test_the_rare_variant_pays_most_for_the_four_rarest_words():
     """Bug: the ablation world rewards common words."""
     for family in toy.FAMILIES:

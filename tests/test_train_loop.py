@@ -434,8 +434,8 @@ def fake_start(tmp_path, judge):
 def rank_one(tmp_path, y_ids, judge, **changes):
     """The row of pairs.jsonl of one prompt whose sample has these ids."""
     start, chat = fake_start(tmp_path, judge)
-    s = SimpleNamespace(**(dict(max_prompt_length=24, max_length=40, responses_per_prompt=1)
-                           | changes))
+    s = SimpleNamespace(**(dict(max_prompt_length=24, max_length=40, responses_per_prompt=1,
+                                pairs="data") | changes))
     write_jsonl(tmp_path / "samples.jsonl", [{"prompt_id": "a", "samples": [{"ids": y_ids}]}])
     record = {"prompt_id": "a", "prompt": [{"role": "user", "content": "hello"}],
               "data_chosen": "the cat sat on the mat and looked", "data_rejected": "moon"}
