@@ -159,7 +159,7 @@ def train(path, start, lessons, chat, log):
     """The updates of one iteration, from the policy `start` to a new one at `path`."""
     s, policy = lessons.s, lessons.policy(start)
     lessons.loaded = None, None  # from here on it is no reference any more
-    parameters = [p for p in policy.parameters() if p.requires_grad]
+    parameters = scale.trained(policy)
     optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=s.adam_betas, eps=s.adam_eps,
                                   weight_decay=0.0, fused=True)
     batches = [batch for epoch in lessons.epochs for batch in epoch]
@@ -200,7 +200,8 @@ def train(path, start, lessons, chat, log):
         raise FloatingPointError(f"iteration {s.iteration}: the last update left weights that are "
                                  "not finite; lower --lr. Nothing of this training is saved")
     log(history)
-    weights.save_policy(policy, chat.tokenizer, path, chat.stop_ids)
+    weights.save_policy(policy, chat.tokenizer, path, chat.stop_ids, (
+        torch.float32 if s.save_dtype == "float32" else weights.stored_dtype(start)))
     shutil.rmtree(state, ignore_errors=True)
 
 
@@ -312,7 +313,8 @@ def gradient(policy, lessons, batch, loss):
     """Adds up the gradient of one batch, by micro-batches -> its mean metrics, and how far the
     farthest log-prob is from its reference, in nats. loss: roles -> losses (B,), metrics."""
     totals, farthest = {}, 0.0
-    for micro_batch in batch.micro_batches:
+    for i, micro_batch in enumerate(batch.micro_batches, 1):
+        scale.last_micro_batch(policy, i == len(batch.micro_batches))
         trees = lessons.trees(micro_batch or [0])
         logps = forward(policy, trees, lessons.s.plain_rows)  # (R,)
         if not micro_batch:  # FSDP waits for every process: one tree, in vain
@@ -355,7 +357,7 @@ def optimism_alone(_, __, policy_sampled, ___, ____, ref_sampled, *, alpha, beta
 def forward(policy, trees, plain_rows):
     """Trees -> log pi(y|x) of all their responses, (R,)."""
     make = data.pad if plain_rows else data.pack
-    return policy(make(trees).to(next(policy.parameters()).device))
+    return policy(make(trees).to(policy.device))
 
 
 def clip(parameters, max_grad_norm):

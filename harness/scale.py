@@ -1,4 +1,4 @@
-"""Many processes that act as one: who am I, barrier, gather, agree; FSDP2, LoRA and checkpoints.
+"""Many processes that act as one: who am I, barrier, gather, agree; FSDP2, offload, LoRA, checkpoints.
 
 torchrun starts PROCESSES copies of the command; each one works on its share, `items[PROCESS::
 PROCESSES]`, of every list. Whatever decides what happens next (does a file exist? is a number
@@ -9,13 +9,16 @@ The ground of the harness: imports nothing local; what it shards or checkpoints 
 Test: pytest tests/test_scale.py.
 """
 
+import ctypes
 import gc
 import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,6 +29,8 @@ from tqdm import tqdm
 
 PROCESS = int(os.environ.get("RANK", 0))  # torchrun's names
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+COMING = timedelta(minutes=5)  # for all processes to be there
+PATIENCE = timedelta(hours=6)  # from then on: a judge or a disk may be slow while the others wait
 
 # ----------------------------------------------------------------------------------------------
 # 1. Acting as one
@@ -33,14 +38,33 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start(device):
-    """Joins the other processes; device: "cpu" or "cuda"."""
+    """Joins the other processes; device: "cpu" or "cuda". ValueError where one does not come."""
     if PROCESSES == 1:
         return
-    # Long, for a judge or a disk may be slow while the others wait.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-                            timeout=timedelta(hours=6))
+    with suppress(AttributeError, OSError):  # Linux only: PR_SET_PDEATHSIG
+        # A launcher that is killed could not tell its processes: they would wait for ever.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    dist.init_process_group(_backend(device), store=_meet(), rank=PROCESS, world_size=PROCESSES,
+                            timeout=PATIENCE)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def _meet():
+    """torchrun's store, once all processes have come to it. Were they to meet no earlier than in
+    init_process_group, one that never comes would be waited for as long as a slow judge."""
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=COMING))
+        store.set(f"process {PROCESS}", "is here")
+        store.wait([f"process {p}" for p in range(PROCESSES)], COMING)
+    except dist.DistError as error:
+        raise ValueError(f"process {PROCESS} waited {COMING} for the other {PROCESSES - 1}, and not "
+                         f"all came ({_reason(error)})") from None
+    return store
+
+
+def _backend(device):
+    return "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
 
 
 def stop():
@@ -108,21 +132,63 @@ def add_lora(model, width):
         r=width, lora_alpha=2 * width, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def shard(policy, device="cpu"):
-    """FSDP2 over all processes: each layer, then the rest (embedding, norm, head) as the root.
+def shard(policy, device="cpu", offload=False):
+    """FSDP2 over all processes: each layer, then the rest (embedding, norm, head) as the root. The
+    weights are process 0's; what the others have is never read. In place; returns the policy.
 
     The root is Policy, whose own forward reads the head's weight: it is whole exactly then.
-    Trap: by default the root stays whole after a forward. After the reference pass, which has no
-    backward, policy.parameters() would be the whole tensors, and an optimiser made of them would
-    train copies that nobody reads. Hence reshard_after_forward.
+
+    offload: fp32 master weights and AdamW's moments live in host memory, where torch's fused AdamW
+    updates them; the device holds weights in the compute dtype, and the gradient. With one process
+    both stay there from the first micro-batch of an update to the last (`last_micro_batch`), and
+    once an update the gradient, summed in fp32, goes to the host, and new weights come back.
+    Why not plainly train bf16 weights: at lr 5e-7 a step is about 5e-5 of a weight, and bf16 rounds
+    away whatever is less than 4e-3 of it (tests/test_scale.py has both). torchao's
+    CPUOffloadOptimizer, looked at first, does just that: its host copy has the device's dtype, and
+    it takes the gradient away before it could be clipped or summed. FSDP2's policy keeps masters,
+    sums and clips, and one process with it computes bit for bit what plain training does.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                        fully_shard)
+    if not dist.is_initialized():  # FSDP wants a group, be it of one
+        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=policy.autocast_dtype, reduce_dtype=torch.float32)
-    for layer in policy.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    policy.device, policy.stays_whole = torch.device(device), offload and mesh.size() == 1
+    options = dict(
+        mesh=mesh, reshard_after_forward=not policy.stays_whole,
+        mp_policy=MixedPrecisionPolicy(policy.autocast_dtype, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy(pin_memory=device == "cuda") if offload else OffloadPolicy())
+    for buffer in policy.buffers() if mesh.size() > 1 else ():
+        dist.broadcast(buffer, 0)
+    for module in (*policy.layers, policy):
+        whole = {name: weight.detach() for name, weight in module.named_parameters()
+                 if mesh.size() > 1 and not isinstance(weight, DTensor)}
+        fully_shard(module, **options)
+        with torch.no_grad():
+            for name, weight in module.named_parameters():
+                if name in whole:  # process 0's, each process its slice
+                    part = distribute_tensor(whole.pop(name), mesh, weight.placements)
+                    weight.to_local().copy_(part.to_local())
+    return policy
+
+
+def trained(policy):
+    """The parameters to train. Trap: FSDP's weights may still be whole after the reference pass,
+    which has no backward; an optimiser made of those would train copies that nobody reads."""
+    for module in policy.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+
+def last_micro_batch(policy, last):
+    """Before each micro-batch of an update: is it the last? Until then --offload on one process
+    leaves weights and gradient on the device."""
+    if getattr(policy, "stays_whole", False):
+        policy.set_requires_gradient_sync(last)
+        policy.set_reshard_after_backward(last)
 
 
 def all_finite(parameters):

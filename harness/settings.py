@@ -74,6 +74,7 @@ class Compute:
     compile: bool
     lora_rank: int
     plain_rows: bool
+    offload: bool
 
     @property
     def attention(self):
@@ -121,8 +122,10 @@ class Settings:
     gradient_checkpointing: bool
     compile: bool
     plain_rows: bool
+    offload: bool | None  # None: where a GPU cannot do without (harness.plan)
     device: str
     dtype: str
+    save_dtype: str
     save_every: int
     eval_prompts: int
     baseline: bool
@@ -215,6 +218,8 @@ FLAGS = {
         "tokens-per-forward": dict(type=int, help="budget of a micro-batch; memory grows with it"),
         "slots": dict(type=int, help="responses sampled side by side"),
         "gradient-checkpointing": dict(action=YES_OR_NO, help="recompute layers in backward"),
+        "offload": dict(action=YES_OR_NO, help="fp32 master weights and optimiser in host memory, "
+                        "where a GPU is too small for them (default: where --dry-run says so)"),
         "compile": dict(action="store_true", help="torch.compile the layers"),
         "plain-rows": dict(action="store_true", help="pad instead of packing, for architectures "
                            "that cannot do it"),
@@ -225,6 +230,9 @@ FLAGS = {
         "save-every": dict(type=int, default=0, metavar="UPDATES", help="keep a checkpoint inside "
                            "the training phase too (12 bytes a parameter, twice while one replaces "
                            "another); 0: a kill repeats the phase"),
+        "save-dtype": dict(choices=["start", "float32"], default="start", help="of policies; start: "
+                           "the start model's. From a bf16 model, an iteration's steps below 1/256 "
+                           "of a weight are then rounded away before the next one"),
         "eval-prompts": dict(type=int, help="held-out prompts for the evaluation; 0: none"),
         "baseline": dict(action=YES_OR_NO, help="also run alpha = 0 from the same start and seeds"),
         "dry-run": dict(action="store_true", help="print the plan and stop; loads no weights"),

@@ -13,11 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
                           GenerationConfig, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel)
+from transformers.initialization import no_init_weights
+from transformers.utils import cached_file
 
 from harness import scale
-from harness.scale import PROCESSES
+from harness.scale import PROCESS, PROCESSES
 from model import Policy, first_line
 
 # ----------------------------------------------------------------------------------------------
@@ -26,18 +29,21 @@ from model import Policy, first_line
 
 
 def load_policy(path, compute):
-    """To train: fp32 master weights, sharded over the processes."""
+    """To train: fp32 master weights; several processes, or --offload, share them out (FSDP2)."""
     load_frozen.cache_clear()  # its memory is needed
-    if PROCESSES > 1:  # FSDP's hooks make cycles that nothing else would free in time
+    sharded = PROCESSES > 1 or compute.offload
+    if sharded:  # FSDP's hooks make cycles that nothing else would free in time
         gc.collect()
-    model = load_model(path, torch.float32, "cpu" if PROCESSES > 1 else compute.device,
-                       compute.attention)
+    # Process 0 alone holds all weights, and hands them out: eight copies fill a host.
+    model = (load_model(path, torch.float32, "cpu" if sharded else compute.device,
+                        compute.attention) if PROCESS == 0 else
+             empty_model(path, compute.attention))
     if compute.lora_rank:
         model = scale.add_lora(model, compute.lora_rank)
     policy = Policy(model, compute.gradient_checkpointing,
                     torch.bfloat16 if compute.dtype == "bf16" else None,
                     "inductor" if compute.compile else None)
-    return scale.shard(policy, compute.device) if PROCESSES > 1 else policy
+    return scale.shard(policy, compute.device, compute.offload) if sharded else policy
 
 
 @functools.lru_cache(maxsize=2)  # an iteration's policy and the start
@@ -59,18 +65,16 @@ def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
     """
     try:
         name, options = _source(path)
+        # Straight to a GPU: eight processes with a copy each on its way there fill a host.
+        place = {} if device == "cpu" else {"device_map": {"": torch.cuda.current_device()}}
         # ignore_mismatched_sizes: to name the tensors, where transformers only says that some are.
         model, info = _auto_class(name, options).from_pretrained(
-            name, **options, dtype=dtype, attn_implementation="eager", use_safetensors=True,
-            output_loading_info=True, ignore_mismatched_sizes=True)
+            name, **options, **place, dtype=dtype, attn_implementation="eager",
+            use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
         _check_weights(model, info)
     except Exception as error:
         raise ValueError(f"--model {path}: could not be loaded as a causal language model "
                          f"({type(error).__name__}: {first_line(error)})") from None
-    model.set_attn_implementation(attention)
-    config = model.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        config.output_router_logits = False  # a loss for training from scratch; breaks on our masks
     if "gguf_file" in options:  # else transformers refuses to save what was quantised once
         model.is_quantized, model.hf_quantizer = False, None
         for name in ("quantization_config", "_pre_quantization_dtype"):
@@ -80,7 +84,39 @@ def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
         # after the training.
         for name in ("temperature", "top_p", "top_k"):
             setattr(model.generation_config, name, None)
-    return model.to(device).eval()
+    return _ready(model.to(device), attention)
+
+
+def empty_model(path, attention):
+    """The same architecture with weights that hold nothing: memory that is promised and, as nobody
+    touches it, never given. Buffers are computed as in a real one."""
+    name, options = _source(path)
+    config = AutoConfig.from_pretrained(name, **options)
+    with no_init_weights():
+        model = _auto_class(name, options).from_config(
+            config, dtype=torch.float32, attn_implementation="eager")
+    model.tie_weights()
+    return _ready(model, attention)
+
+
+def _ready(model, attention):
+    model.set_attn_implementation(attention)
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # a loss for training from scratch; breaks on our masks
+    return model.eval()
+
+
+def stored_dtype(path):
+    """The widest floating dtype of a model's weights on disk: float32, bfloat16 or float16. Read
+    off the weights, for a config.json may say anything."""
+    folder = Path(path) if Path(path).exists() else Path(cached_file(path, "config.json")).parent
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            found |= {weights.get_slice(name).get_dtype() for name in weights.keys()}
+    found -= {"BOOL", "U8", "I8", "I16", "I32", "I64"}
+    return {("BF16",): torch.bfloat16, ("F16",): torch.float16}.get(tuple(found), torch.float32)
 
 
 def load_config(path):
@@ -151,11 +187,11 @@ def _check_weights(model, info):
 # ----------------------------------------------------------------------------------------------
 
 
-def save_policy(policy, tokenizer, folder, stop_ids=()):
+def save_policy(policy, tokenizer, folder, stop_ids=(), dtype=torch.float32):
     """Writes a plain Hugging Face folder (LoRA merged in); it appears whole or not at all.
 
     stop_ids: what ends a response in our sampler, for plain `model.generate` to end it there too;
-    none: what the model itself names. A sharded policy must be saved by all processes together;
+    none: what the model itself names. dtype: of the weights on disk. A sharded policy must be saved by all processes together;
     the first one writes. FloatingPointError, OSError: on all of them, and the old folder stays.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -170,14 +206,16 @@ def save_policy(policy, tokenizer, folder, stop_ids=()):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(model, options=options)
     if not sharded or torch.distributed.get_rank() == 0:
-        failure = [_write_policy(model, state or model.state_dict(), tokenizer, Path(folder))]
+        state = {name: value.to(dtype) if value.is_floating_point() else value
+                 for name, value in (state or model.state_dict()).items()}
+        failure = [_write_policy(model, state, tokenizer, Path(folder), dtype)]
     if sharded:
         torch.distributed.broadcast_object_list(failure)
     if failure[0]:
         raise failure[0]
 
 
-def _write_policy(model, state, tokenizer, folder):
+def _write_policy(model, state, tokenizer, folder, dtype):
     """Returns the error that stopped it, or None."""
     bad = [name for name, value in state.items() if not value.isfinite().all()]
     if bad:
@@ -187,6 +225,9 @@ def _write_policy(model, state, tokenizer, folder):
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary, state_dict=state)
+        config = temporary / "config.json"  # it names the dtype of the model in memory
+        config.write_text(re.sub(r'("dtype": )"float32"', rf'\1"{str(dtype).split(".")[1]}"',
+                                 config.read_text()))
         tokenizer.save_pretrained(temporary)
         for file in filter(Path.is_file, temporary.rglob("*")):
             with open(file, "rb") as handle:
