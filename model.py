@@ -2,9 +2,9 @@
 
 The architecture is transformers' own, unmodified. Ours is what happens around it:
 
-  - `tree_attention` enforces the tree mask of data.py without any mask: it calls ordinary causal
-    attention once a response, on [prompt; response]. What is masked out is never computed, where
-    a (T, T) mask over the packed line would compute everything and throw most of it away.
+  - `tree_attention` enforces the tree mask of data.py by what it calls: causal attention once for
+    the prompt, and once for each response, which looks at [prompt; response]. What is masked out is
+    never computed, where a (T, T) mask over the packed line would compute it and throw it away.
   - `Policy.forward` runs the decoder without its head and hands the hidden states of response
     tokens to selm.token_logps, so (tokens, vocabulary) logits never exist.
   - There is no reference model. At the start of an iteration the reference IS the policy: the same
@@ -31,6 +31,7 @@ from functools import partial
 import torch
 from torch import nn
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -159,25 +160,31 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
                                       sliding_window=sliding_window, **kwargs)
     tree_layout.calls += 1
     window = sliding_window if sliding_window and sliding_window < tree_layout.longest else None
+
+    def attend(q, k, v):
+        """Of the last n of m tokens in a row, to all before them: (1, A, n, D) -> (1, n, A, D)."""
+        mask = (causal_lower_right if window is None else partial(_causal_window, window, q.device))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q.shape[2], k.shape[2]),
+                                              scale=scaling, enable_gqa=True).transpose(1, 2)
+
     # split, not slices: the backward of each slice would allocate and add a whole (A, T, D) tensor.
-    pieces = zip(*(x.split(tree_layout.segment_lengths, dim=2) for x in (query, key, value)))
+    # One dtype: autocast casts for sdpa, but not before causal_lower_right looks at them.
+    pieces = zip(*(x.to(value.dtype).split(tree_layout.segment_lengths, dim=2)
+                   for x in (query, key, value)))
     outputs = []
-    for p, responses in tree_layout.trees:
-        prompt = next(pieces)
-        for i, n in enumerate(responses):
-            # [prompt; response] is a plain causal sequence. The prompt's queries are computed again
-            # for each response: less work than a mask that the causal kernel cannot skip by.
-            q, k, v = (torch.cat(pair, dim=2) for pair in zip(prompt, next(pieces)))
-            mask = None if window is None else _causal_window(p + n, window, q.device)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                                 scale=scaling, enable_gqa=True)  # (1, A, p + n, D)
-            outputs.append((out if i == 0 else out[:, :, p:]).transpose(1, 2))
+    for _, responses in tree_layout.trees:
+        q, prompt_k, prompt_v = next(pieces)
+        outputs.append(attend(q, prompt_k, prompt_v))
+        for _ in responses:  # each sees [prompt; response]: no other response exists for it
+            q, k, v = next(pieces)
+            outputs.append(attend(q, torch.cat((prompt_k, k), 2), torch.cat((prompt_v, v), 2)))
     return torch.cat(outputs, dim=1), None  # (1, T, A, D)
 
 
-def _causal_window(length, window, device):
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (distance >= 0) & (distance < window)  # (length, length)
+def _causal_window(window, device, n, m):
+    """The mask of the last n of m tokens, (n, m): whether one may look at another."""
+    distance = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)
+    return (distance >= 0) & (distance < window)
 
 
 AttentionInterface.register("selm_tree", tree_attention)

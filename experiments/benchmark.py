@@ -210,8 +210,9 @@ def load_trees(settings):
         for i in range(per_step * steps):
             prompt, chosen, rejected = rows[i]
             sampled = (chosen, rejected, rows[-1 - i][1])[i % 3]
-            prompt, texts = data.cut(prompt, [chosen, rejected, sampled],
-                                     settings["max_prompt"], settings["max_length"])
+            prompt = data.cut_prompt(prompt, settings["max_prompt"])
+            room = settings["max_length"] - len(prompt)
+            texts = [ids[:room] for ids in (chosen, rejected, sampled)]
             distinct = texts[:2] + [t for t in texts[2:]
                                     if settings["alpha"] and t not in texts[:2]]
             trees.append(data.Tree(prompt, distinct, 0, 1,

@@ -39,7 +39,8 @@ def trace():
     lm.set_attn_implementation("selm_tree")
     chat = ChatFormat(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        line = toy.preference_rows(toy.split_prompts()[0][:4], "default", "one record")[NUMBER]
+        prompts = [toy.question(*pair) for pair in toy.split_prompts()[0][:4]]
+        line = toy.preference_rows(prompts, "default", "one record")[NUMBER]
         write_jsonl(Path(folder) / "prefs.jsonl", [line])
         [record] = rows.load_preferences(Path(folder) / "prefs.jsonl")
     [(_, prompt_ids, given)] = data.encode([record], chat, **LIMITS)
