@@ -38,7 +38,7 @@ WHAT CAME OUT (ten seeds; after iterations 1 / 2 / 3)
    (+.015 +- .025), at 1 the loss is -.18 +- .05.
 3. Held at the end, not before: at alpha = 0.3 KL +.81, entropy -.43, reward +.005 / +.002 / -.028.
 4. Held: at 0.1 and 0.3 its reward is within .003 of SELM's with greedy y, within .009 at
-   temperature 1, always with a little less KL after iteration 1; at 1 (greedy) it loses half as much, .09.
+   temperature 1, with a little less KL after iteration 1; at 1 (greedy) it loses half as much, .09.
 5. Refuted: alpha = 0.3 adds KL (+.86 +- .27) and reward, +.004 +- .004 / +.019 +- .012 / +.037 +-
    .012, the largest gain here. Its y is of the first model, which the policy has left behind; there
    was no control at equal KL, so it may be faster learning. alpha = 1 ends at -.32 +- .12.
