@@ -74,8 +74,9 @@ from harness import weights  # noqa: E402
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1)
 OF_Y = {"greedy y": dict(temperature=0.0), "y at temperature 1": dict(temperature=1.0)}
 XPO = dict(temperature=1.0, optimism="xpo", reference="initial", pairs="reference")
-FULL = dict(seeds=SEEDS, rows=512, alphas=ALPHAS, worlds=("neutral", "default", "rare"), long=24)
-QUICK = dict(seeds=(0, 1), rows=32, alphas=(0.3,), worlds=("neutral",), long=3)
+FULL = dict(seeds=SEEDS, rows=512, alphas=ALPHAS, worlds=("neutral", "default", "rare"), long=24,
+            stops=5)
+QUICK = dict(seeds=(0, 1), rows=32, alphas=(0.3,), worlds=("neutral",), long=4, stops=1)
 LONG_EVERY = 4  # the truth is measured after so many iterations of the long run
 
 
@@ -112,7 +113,8 @@ def measure(quick, workers):
     return {"seeds": list(seeds), "alphas": sizes["alphas"],
             "worlds": {world: workers.map(functools.partial(
                 all_arms, world, sizes["alphas"], rows), seeds) for world in sizes["worlds"]},
-            "path": workers.map(functools.partial(both_paths, rows), seeds),
+            "path": workers.map(functools.partial(
+                both_paths, rows, sizes["stops"]), seeds),
             "long": workers.map(functools.partial(long_runs, sizes["long"]), seeds)}
 
 
@@ -123,17 +125,17 @@ def all_arms(variant, alphas, rows, home, seed):
                                            arms_of(variant, alphas).items()}}
 
 
-def both_paths(rows, home, seed):
+def both_paths(rows, iterations, home, seed):
     world = World(home, seed, rows=rows)
     with tempfile.TemporaryDirectory(dir=home) as folder:
-        return {y: path(world, Path(folder) / y, how) for y, how in OF_Y.items()}
+        return {y: path(world, Path(folder) / y, how, iterations) for y, how in OF_Y.items()}
 
 
-def path(world, folder, how):
+def path(world, folder, how, iterations):
     """alpha = 0, stopped: the measures of the start and after each quarter of five iterations (the
     fourth and the fifth meet the prompts of the first and the second again)."""
     policy, points, portions = world.start.policy, [world.measure()], world.start.portions
-    for k, portion in enumerate([*portions, *portions[:2]]):
+    for k, portion in enumerate([*portions, *portions][:iterations]):
         for quarter in (1, 2, 3, 4):
             start = replace(world.start, policy=policy,
                             portions=[portion[:len(portion) * quarter // 4]])

@@ -54,7 +54,7 @@ from harness.settings import stream  # noqa: E402
 HEADS, CHOICES, STEPS = 8, 8, 300
 FULL = dict(seeds=range(5), widths=(32, 64, 128), rows=(128, 512, 2048),
             alphas=(0.03, 0.1, 0.3, 1), usual=512, worlds=("neutral", "rare"))
-QUICK = dict(seeds=(0, 1), widths=(16, 32), rows=(32, 64), alphas=(0.1, 1), usual=32,
+QUICK = dict(seeds=(0, 1), widths=(16, 32), rows=(32,), alphas=(0.1, 1), usual=32,
              worlds=("neutral",))
 
 
