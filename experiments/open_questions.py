@@ -39,6 +39,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import common
 import matplotlib
 
 matplotlib.use("Agg")
@@ -102,8 +103,8 @@ def turns(rows, home, seed):
     return result
 
 
-def repeats(world, policy, samples=16):
-    chat, prompts = world.start.chat, world.test * samples
+def repeats(world, policy):
+    chat, prompts = world.start.chat, world.test * (common.SAMPLES // 2)
     ys = sample.generate(
         weights.load_model(policy), chat.prompts_ids(prompts), stop_ids=chat.stop_ids,
         max_new_tokens=toy.MAX_REPLY_TOKENS, slots=128, progress=False, temperature=1.0,
