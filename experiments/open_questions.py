@@ -30,11 +30,12 @@ WHAT CAME OUT (five seeds)
 1a. Held: the share is 1.4 to 1.7 alpha in all nine sizes.
 1b. Held: with 128 or 512 rows the best alpha is 0.3 to 1 (1 is the end of the grid), with 2048 it
     is 0.03 to 0.06, at the same share an alpha. At 2048 rows alpha = 0.1 gains nothing at any
-    width, and at width 128 even 0.03 loses, -.019 +- .018. What counts is how often the push is repeated.
+    width, and at width 128 even 0.03 loses, -.019 +- .018. The share of one update does not know
+    how many follow.
 2.  Refuted: with a second turn optimism gains, +.031 +- .004 / +.032 +- .020 / +.043 +- .012 after
     iterations 1 / 2 / 3, and at the end 24 % of its replies repeat a word of the first answer,
-    against 42 %. In hindsight it is mechanism.py (b): the commonest words have often been said, so
-    here the habit is bad.
+    against 42 %. A likely reason, not measured: mechanism.py (b), for the commonest words have often
+    been said, which makes the habit bad here.
 3a. Refuted: neither choice by the heads beats one sample at temperature 1, in neither world (the
     largest mean is +.014 +- .015), though the heads are right about 81 % and 86 % of held-out
     pairs. In "rare" SELM loses .026 +- .017, and Thompson sampling finds no good word either.
