@@ -34,8 +34,8 @@ WHAT CAME OUT (five seeds)
     how many follow.
 2.  Refuted: with a second turn optimism gains, +.031 +- .004 / +.032 +- .020 / +.043 +- .012 after
     iterations 1 / 2 / 3, and at the end 24 % of its replies repeat a word of the first answer,
-    against 42 %. A likely reason, not measured: mechanism.py (b), for the commonest words have often
-    been said, which makes the habit bad here.
+    against 42 %. A likely reason, not measured: mechanism.py (b), for the commonest words are often
+    said, which makes the habit bad here.
 3a. Refuted: neither choice by the heads beats one sample at temperature 1, in neither world (the
     largest mean is +.014 +- .015), though the heads are right about 81 % and 86 % of held-out
     pairs. In "rare" SELM loses .026 +- .017, and Thompson sampling finds no good word either.
