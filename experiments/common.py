@@ -200,6 +200,13 @@ def jackknife(statistic, rows):
     return statistic(rows), (len(rows) - 1) * mean_interval(left_out)[1]
 
 
+def plain_logs(*axes):
+    """Ticks of logarithmic axes as 0.01: harness/plots.py has turned matplotlib's math off."""
+    for axis in axes:
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+
+
 def markdown(head, rows):
     return "\n".join(f"| {' | '.join(map(str, row))} |"
                      for row in (head, ["---"] * len(head), *rows))

@@ -77,6 +77,14 @@ def warnings_of(counts, before, updates, evaluated):
         yield ("optimism is too strong: the log-ratio of y fell to "
                f"{mean('sampled_logratio'):.1f} nats while the accuracy is "
                f"{mean('accuracy'):.2f}; lower --alpha")
+    share = next((row["optimism_share"] for row in updates if "optimism_share" in row), None)
+    if share is not None and share < 1e-3:
+        yield (f"optimism is {share:.2g} of the first update's gradient, too little to be seen: "
+               f"the run is one of --alpha 0; a share of 0.1 takes "
+               f"{0.1 / max(share, 1e-12):.2g} times this alpha")
+    elif share is not None and share > 0.5:
+        yield (f"optimism is {share:.0%} of the first update's gradient and outweighs the "
+               "preferences; for a share of about 0.1 lower --alpha, tenfold at a time")
     if counts["cut"] > 0.3 * max(1, counts["sampled"]):
         flag = "--max-length" if counts["cut_by_max_length"] > counts["cut"] / 2 else (
             "--max-new-tokens")

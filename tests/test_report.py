@@ -55,6 +55,22 @@ def test_a_healthy_run_gives_no_warning(tmp_path):
     assert report.summary(make_run(tmp_path), 1)[1:] == []
 
 
+@pytest.mark.parametrize("share, words", [
+    (9e-4, "optimism is 0.0009 of .*--alpha 0; a share of 0.1 takes 1.1e[+]02 times"),
+    (0.0, "optimism is 0 of"), (0.51, "optimism is 51% of .* lower --alpha"),
+    (1e-3, None), (0.5, None), (None, None)])
+def test_an_alpha_whose_share_of_the_gradient_says_nothing_or_all_is_named(share, words, tmp_path):
+    """An alpha of the paper in another model's units: a run that is DPO, or none of it. The share
+    stands in the first update's row alone; without optimism in none."""
+    make_run(tmp_path)
+    rows = [row for _, row in read_jsonl(tmp_path / "metrics.jsonl")]
+    if share is not None:
+        next(row for row in rows if row["phase"] == "train")["optimism_share"] = share
+    write_jsonl(tmp_path / "metrics.jsonl", rows)
+    lines = report.summary(tmp_path, 1)[1:]
+    assert len(lines) == (words is not None) and all(re.search(words, line) for line in lines)
+
+
 def test_growth_and_standstill_are_seen_across_iterations(tmp_path):
     """Length that grows by a third an iteration; a policy that repeats itself word for word."""
     make_run(tmp_path, 1, tokens=10)

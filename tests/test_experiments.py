@@ -1,0 +1,92 @@
+"""The experiments: their world is train_loop.py's, their arithmetic done by hand, --quick runs."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import ablation  # noqa: E402
+import common  # noqa: E402
+import mechanism  # noqa: E402
+import open_questions  # noqa: E402
+
+import train_loop  # noqa: E402
+from harness import toy  # noqa: E402
+from harness.report import rows_of  # noqa: E402
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A base model of 60 steps, and no trace of what --quick sets."""
+    monkeypatch.setattr(toy, "SFT_STEPS", 60)
+    monkeypatch.setattr(common, "SAMPLES", 16)  # as many as train_loop.py draws
+
+
+def test_a_world_reproduces_the_numbers_of_the_command(short, tmp_path):
+    """Another order of the prompts, another stream, another setting: results of a world that no
+    reader can run."""
+    train_loop.main(["--model", "toy-neutral", "--seeds", "1", "--no-baseline", "--run-dir",
+                     str(tmp_path / "run")])
+    course = common.World(tmp_path, 0, "neutral").course(alpha=0.3)
+    for k, row in enumerate(rows_of(tmp_path / "run", "eval")[1:]):
+        for name in ("reward", "kl", "entropy", "coverage", "share_good"):
+            assert course[k][name] == pytest.approx(row[f"true_{name}"], rel=1e-5), (k, name)
+    first = [row for row in rows_of(tmp_path / "run", "train") if row["update"] == 0]
+    assert [c["share"] for c in course] == pytest.approx([r["optimism_share"] for r in first])
+
+
+@pytest.mark.parametrize("script, panels", [
+    (mechanism, {"temperature 1", "habit", "size"}), (ablation, {"worlds", "path", "long"}),
+    (open_questions, {"sizes", "turns", "ensemble"})])
+def test_the_quick_form_of_each_script_measures_draws_and_tabulates(script, panels, short, tmp_path,
+                                                                    capsys):
+    """A script that no longer runs, found out after its hour; an arm without its comparison."""
+    script.main(["--quick", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / f"{script.__name__}.json").read_text())
+    assert panels < set(results) and results["seeds"] == [0, 1]
+    assert (tmp_path / f"{script.__name__}.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.count("| --- |") >= 3
+
+
+def test_the_closed_form_is_that_of_two_vectors():
+    """beta, a factor of two, the sign of the product. g_y = (3, 4), g_m = (6, 0), alpha = 0.5: the
+    total is alpha g_y - g_m / 2 = (-1.5, 2) of norm 2.5, and so is alpha g_y."""
+    norms = {"y": 5.0, "margin": 6.0, "product": 18.0}
+    assert mechanism.closed_form(norms, 0.5) == pytest.approx((5 / 6, 1.0))
+
+
+def test_at_equal_finds_the_last_crossing_between_two_stops():
+    """The first crossing, a nearest stop instead of the line between two, a guess where none is."""
+    points = [{"kl": kl, "reward": r} for kl, r in ((0, 0), (2, 4), (1, 5), (3, 9))]
+    assert ablation.at_equal(points, "kl", 1.5) == {"kl": 1.5, "reward": 6.0}
+    assert ablation.at_equal(points, "kl", 3.1) is None
+    assert ablation.at_equal(points[:2], "reward", 1.0) == {"kl": 0.5, "reward": 1.0}
+
+
+def test_the_jackknife_of_a_mean_is_students_interval():
+    """The factor n - 1 forgotten. For a mean the two are the same number."""
+    values = [1.0, 2.0, 4.0, 9.0]
+    mean, width = common.jackknife(lambda rows: sum(rows) / len(rows), values)
+    assert mean == 4.0 and width == pytest.approx(3.18 * math.sqrt(38 / 3 / 4))
+
+
+def test_the_gain_crosses_zero_where_the_line_through_the_tastes_does():
+    """Slope and intercept swapped. Gains 3 - 2 x at x = 0, 1, 2, each the mean of two seeds."""
+    def seed(noise):
+        return {str(x): {"start": {"greedy_reward": 1.0 + x + noise, "reward": 1.0},
+                         "alpha 0": [{"reward": 5.0}], "alpha 0.3": [{"reward": 8.0 - 2 * x}]}
+                for x in (0, 1, 2)}
+    assert mechanism.crossing(1, [seed(0.5), seed(-0.5)]) == pytest.approx(1.5)
+
+
+def test_differences_are_taken_within_seeds_and_bold_without_zero():
+    """Unpaired intervals; bold for an interval that holds zero."""
+    a = [[{"reward": 0.2}], [{"reward": 0.8}], [{"reward": 0.5}]]
+    base = [[{"reward": 0.1}], [{"reward": 0.69}], [{"reward": 0.41}]]  # less .10, .11, .09
+    assert common.differences(a, base, "reward", [1]) == "**+0.100 ± 0.025**"
+    assert common.differences(a, a[::-1], "reward", [1]) == "+0.00 ± 0.74"
