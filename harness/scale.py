@@ -1,4 +1,4 @@
-"""Many processes that act as one: who am I, barrier, gather, agree; FSDP2, offload, LoRA, checkpoints.
+"""Many processes that act as one: who am I, barrier, gather, agree; FSDP2, LoRA, checkpoints.
 
 torchrun starts PROCESSES copies of the command; each one works on its share, `items[PROCESS::
 PROCESSES]`, of every list. Whatever decides what happens next (does a file exist? is a number
@@ -143,7 +143,7 @@ def shard(policy, device="cpu", offload=False):
     both stay there from the first micro-batch of an update to the last (`last_micro_batch`), and
     once an update the gradient, summed in fp32, goes to the host, and new weights come back.
     Why not plainly train bf16 weights: at lr 5e-7 a step is about 5e-5 of a weight, and bf16 rounds
-    away whatever is less than 4e-3 of it (tests/test_scale.py has both). torchao's
+    away whatever is less than 4e-3 of it (tests/test_processes.py has both). torchao's
     CPUOffloadOptimizer, looked at first, does just that: its host copy has the device's dtype, and
     it takes the gradient away before it could be clipped or summed. FSDP2's policy keeps masters,
     sums and clips, and one process with it computes bit for bit what plain training does.

@@ -122,7 +122,7 @@ class Settings:
     gradient_checkpointing: bool
     compile: bool
     plain_rows: bool
-    offload: bool | None  # None: where a GPU cannot do without (harness.plan)
+    offload: bool
     device: str
     dtype: str
     save_dtype: str
@@ -218,8 +218,8 @@ FLAGS = {
         "tokens-per-forward": dict(type=int, help="budget of a micro-batch; memory grows with it"),
         "slots": dict(type=int, help="responses sampled side by side"),
         "gradient-checkpointing": dict(action=YES_OR_NO, help="recompute layers in backward"),
-        "offload": dict(action=YES_OR_NO, help="fp32 master weights and optimiser in host memory, "
-                        "where a GPU is too small for them (default: where --dry-run says so)"),
+        "offload": dict(action="store_true", help="fp32 master weights and optimiser in host "
+                        "memory, where a GPU is too small for them"),
         "compile": dict(action="store_true", help="torch.compile the layers"),
         "plain-rows": dict(action="store_true", help="pad instead of packing, for architectures "
                            "that cannot do it"),

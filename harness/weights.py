@@ -191,8 +191,9 @@ def save_policy(policy, tokenizer, folder, stop_ids=(), dtype=torch.float32):
     """Writes a plain Hugging Face folder (LoRA merged in); it appears whole or not at all.
 
     stop_ids: what ends a response in our sampler, for plain `model.generate` to end it there too;
-    none: what the model itself names. dtype: of the weights on disk. A sharded policy must be saved by all processes together;
-    the first one writes. FloatingPointError, OSError: on all of them, and the old folder stays.
+    none: what the model itself names. dtype: of the weights on disk. A sharded policy must be saved
+    by all processes together; the first one writes. FloatingPointError, OSError: on all of them,
+    and the old folder stays.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     sharded = any(hasattr(p, "full_tensor") for p in policy.parameters())  # DTensors

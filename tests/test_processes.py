@@ -51,16 +51,17 @@ def write_script(path, text):
 # ----------------------------------------------------------------------------------------------
 
 
+# 0.05: LoRA's gradients are smaller, and all must be clipped at times.
 @pytest.mark.parametrize("extra", [[], ["--lora-rank", "2"], ["--gradient-checkpointing"]],
                          ids=" ".join)
 def test_offload_leaves_the_files_of_plain_training_bit_for_bit(extra, command, tmp_path, alone):
     """20 updates of several micro-batches: a gradient that is summed, clipped or copied otherwise,
     an optimiser of weights that nobody reads, new weights that never come back to the device."""
-    command += [*extra, "--iterations", "1", "--epochs", "10", "--max-grad-norm", "0.5"]
+    command += [*extra, "--iterations", "1", "--epochs", "10", "--max-grad-norm", "0.05"]
     train_loop.main(command)
     train_loop.main([*(a.replace("/run", "/offloaded") for a in command), "--offload"])
     assert len(training(tmp_path / "run")) == 20
-    assert any(row["grad_norm"] > 0.5 for row in training(tmp_path / "run"))
+    assert any(row["grad_norm"] > 0.05 for row in training(tmp_path / "run"))
     expected, got = files_of(tmp_path / "run"), files_of(tmp_path / "offloaded")
     assert list(got) == list(expected)
     assert [name for name in got if got[name] != expected[name]] == []
@@ -92,12 +93,18 @@ def test_weights_in_bf16_alone_stand_still_where_masters_move(alone):
     names = [name for name, _ in policy(torch.float32).causal_lm.named_parameters()]
     alone = bf16_steps(policy(torch.bfloat16))
     ours = bf16_steps(scale.shard(policy(torch.float32), offload=True))
+    read = sorted({token for tree in make_trees(0) for response in tree.responses
+                   for token in tree.prompt_ids + response[:-1]})  # others have no gradient
     for name, still, moved in zip(names, alone, ours):
-        before = start[name].float()
+        rows = read if "embed_tokens" in name else slice(None)
+        before, still, moved = start[name].float()[rows], still[rows], moved[rows]
         large = before.abs() > 1e-3
         assert torch.equal(still[large], before[large])
-        steps = (moved - before).abs()[large]  # Adam's: at most lr each, and nearly that
-        assert (steps > 0).float().mean() > 0.9 and steps.max() < 20.5 * 5e-7
+        steps = (moved - before).abs()[large]
+        assert (steps > 0).float().mean() > 0.9
+        # The gradient hardly changes, so Adam's 20 steps are of lr each; whatever it does, a step
+        # is at most lr (1 - beta_1) / sqrt(1 - beta_2) = 3.2 lr (arXiv 1412.6980, section 2.1).
+        assert steps.median() == pytest.approx(20 * 5e-7, rel=0.05) and steps.max() < 64 * 5e-7
 
 
 def test_the_device_gets_the_masters_as_bf16_after_every_update(alone):
@@ -139,10 +146,13 @@ from harness import scale, weights
 from harness.settings import Compute
 def resident(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if field in line) / 1024
+def load(path):
+    return weights.load_policy(path, Compute("cpu", "fp32", False, False, 0, False, False))
 scale.start("cpu")
+load(sys.argv[2])  # the libraries that loading imports are no weights
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 before = resident("VmRSS")
-policy = weights.load_policy(sys.argv[1], Compute("cpu", "fp32", False, False, 0, False, False))
+policy = load(sys.argv[1])
 print("ADDED", scale.PROCESS, resident("VmHWM") - before, flush=True)
 total = sum(p.full_tensor().double().sum().item() for p in policy.parameters())
 if scale.PROCESS == 0: print("SUM", total)
@@ -159,7 +169,8 @@ def test_only_one_process_ever_holds_all_weights(tmp_path):
     model = AutoModelForCausalLM.from_config(config)
     size = sum(p.numel() for p in model.parameters()) * 4 / 2**20  # MiB
     weights.save_policy(policies.Policy(model), make_tokenizer(), tmp_path / "model")
-    process = launch(write_script(tmp_path / "loads.py", LOADS), str(tmp_path / "model"))
+    tiny = write_model(tmp_path / "tiny", "llama")
+    process = launch(write_script(tmp_path / "loads.py", LOADS), str(tmp_path / "model"), str(tiny))
     stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr[-2000:]
     added = {int(p): float(mib) for p, mib in (line.split()[1:] for line in stdout.splitlines()
