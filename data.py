@@ -103,18 +103,17 @@ def cut_prompt(prompt_ids, max_prompt_length, bos_id=None):
     return bos + prompt_ids[over + len(bos):]
 
 
-def make_row(record, prompt_ids, responses, samples, chat,
-             sources=("data_chosen", "data_rejected")):
+def make_row(record, prompt_ids, responses, chat):
     """A row of pairs.jsonl before the ranking: the DISTINCT responses of a prompt, each with all
-    its sources. samples: lists of ids, kept as they were sampled (their text may be tokenised in
-    several ways); responses: the data's two. What is judged is the text of the kept ids."""
-    sources_of = {}
-    for source, ids in [*zip(sources, responses), *(("sampled", y) for y in samples)]:
-        sources_of.setdefault(tuple(ids), []).append(source)
+    its sources. responses: (source, ids) each; samples keep the ids that were sampled (their text
+    may be tokenised in several ways). What is judged is the text of these ids."""
+    sources = {}
+    for source, ids in responses:
+        sources.setdefault(tuple(ids), []).append(source)
     return {"prompt_id": record["prompt_id"], "prompt": record["prompt"],
             "prompt_ids": prompt_ids, "dropped": None, "candidates": [
                 {"sources": names, "text": chat.text(ids), "ids": list(ids),
-                 "finished": ids[-1] in chat.stop_ids} for ids, names in sources_of.items()]}
+                 "finished": ids[-1] in chat.stop_ids} for ids, names in sources.items()]}
 
 
 # ----------------------------------------------------------------------------------------------

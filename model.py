@@ -55,7 +55,7 @@ class Policy(nn.Module):
     def __init__(self, model, checkpointing=False, autocast_dtype=None, compile=None):
         super().__init__()
         self.model, self.autocast_dtype = model.eval(), autocast_dtype
-        self.device = next(model.parameters()).device  # of the work: --offload keeps weights elsewhere
+        self.device = next(model.parameters()).device  # scale.shard: weights may lie elsewhere
         for layer in self.layers:
             if compile:
                 # Dynamo cannot leave a graph inside a checkpoint, as tree_attention makes it do: of

@@ -248,7 +248,7 @@ def xpo_optimism(policy_sampled_logps, ref_sampled_logps, alpha, beta):
 
 
 def popo_optimism(policy_sampled_logps, ref_sampled_logps, alpha, beta):
-    """(alpha / beta) (sigmoid(beta r(y)) - 1/2): 0 and of slope alpha / 4 at the start, and bounded:
+    """(alpha / beta) (sigmoid(beta r(y)) - 1/2): 0 and of slope alpha / 4 at the start, bounded:
     what is down already is pushed no further. POPO, arXiv 2502.00666, and its released code."""
     return alpha / beta * (torch.sigmoid(beta * (policy_sampled_logps - ref_sampled_logps)) - 0.5)
 

@@ -37,8 +37,8 @@ from tqdm import tqdm
 import data
 import rank
 import selm
-from harness import (
-    duel, page, plots, prepare, report, rundir, scale, settings as flags, weights)
+from harness import duel, page, plots, prepare, report, rundir, scale, weights
+from harness import settings as flags
 from harness.evaluate import evaluation, ranking
 from harness.scale import PROCESS, PROCESSES, gather, say
 from harness.settings import stream
@@ -117,19 +117,24 @@ def rank_candidates(records, samples, start, s):
     data's own pair is the pair."""
     judge = start.judging(samples.path.parent)
     for chunk in chunks(records, CHUNK):
-        rows = []
-        for record, prompt, responses in data.encode(chunk, start.chat, s.max_prompt_length,
-                                                     s.max_length):
-            ys = [y["ids"] for y in samples.of(record["prompt_id"])["samples"]]
-            rows.append(data.make_row(record, prompt, responses, ys, start.chat)
-                        if s.pairs == "data" else
-                        data.make_row(record, prompt, ys, [], start.chat, ("policy", "reference")))
+        rows = [data.make_row(record, prompt, named(responses, samples.of(record["prompt_id"]), s),
+                              start.chat)
+                for record, prompt, responses in data.encode(chunk, start.chat, s.max_prompt_length,
+                                                             s.max_length)]
         scores = [None] * len(rows)
         if s.responses_per_prompt:
             scores = judge([row["prompt"] for row in rows],
                            [[c["text"] for c in row["candidates"]] for row in rows],
                            [row["prompt_id"] for row in rows])
         yield from map(rank.give_roles, rows, scores)
+
+
+def named(responses, row, s):
+    """The candidates of a prompt, (source, ids) each: the data's two and y; XPO's are both sampled."""
+    ys = [y["ids"] for y in row["samples"]]
+    if s.pairs == "reference":
+        return list(zip(("policy", "reference"), ys))
+    return [*zip(("data_chosen", "data_rejected"), responses), *(("sampled", y) for y in ys)]
 
 
 @torch.no_grad()
@@ -201,7 +206,7 @@ def train(path, start, lessons, chat, log):
                                  "not finite; lower --lr. Nothing of this training is saved")
     log(history)
     weights.save_policy(policy, chat.tokenizer, path, chat.stop_ids, (
-        torch.float32 if s.save_dtype == "float32" else weights.stored_dtype(start)))
+        weights.stored_dtype(start) if s.save_dtype == "start" else torch.float32))
     shutil.rmtree(state, ignore_errors=True)
 
 
@@ -380,9 +385,9 @@ def check_update_zero(dpo_loss, farthest, dtype):
     # The loss must be ln 2, but at beta 0.01 it hides errors of whole nats: look at those too.
     allowed = 1e-2 if dtype == "fp32" else 0.5
     if not (abs(dpo_loss - math.log(2)) < 1e-3 and farthest < allowed):
-        raise RuntimeError(f"the loss at update 0 is {dpo_loss:.6f} (ln 2 is 0.693147) and a log-prob "
-                           f"is {farthest:.3g} nats off: policy and reference disagree, so no "
-                           "number after this could be trusted")
+        raise RuntimeError(f"the loss at update 0 is {dpo_loss:.6f} (ln 2 is 0.693147) and a "
+                           f"log-prob is {farthest:.3g} nats off: policy and reference disagree, "
+                           "so no number after this could be trusted")
 
 
 def chunks(items, size):

@@ -67,7 +67,7 @@ from common import (MEASURES, SEEDS, World, cell, command, differences, jackknif
                     markdown, minus, plain_logs)
 
 import textbook  # noqa: E402
-from harness import rundir, template, weights  # noqa: E402
+from harness import rundir, weights  # noqa: E402
 from harness.evaluate import mean_interval  # noqa: E402
 from harness.settings import stream  # noqa: E402
 

@@ -46,7 +46,8 @@ def trace():
     [(_, prompt_ids, given)] = data.encode([record], chat, **LIMITS)
     [y] = sample.generate(lm, [prompt_ids], stop_ids=chat.stop_ids, max_new_tokens=8, slots=1,
                           seeds=[0], progress=False)
-    row = data.make_row(record, prompt_ids, given, [y], chat)
+    row = data.make_row(record, prompt_ids, [("data_chosen", given[0]), ("data_rejected", given[1]),
+                                             ("sampled", y)], chat)
     [scores] = toy.oracle()([row["prompt"]], [[c["text"] for c in row["candidates"]]])
     row = rank.give_roles(row, scores)
 

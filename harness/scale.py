@@ -58,8 +58,8 @@ def _meet():
         store.set(f"process {PROCESS}", "is here")
         store.wait([f"process {p}" for p in range(PROCESSES)], COMING)
     except dist.DistError as error:
-        raise ValueError(f"process {PROCESS} waited {COMING} for the other {PROCESSES - 1}, and not "
-                         f"all came ({_reason(error)})") from None
+        raise ValueError(f"process {PROCESS} waited {COMING} for the other {PROCESSES - 1}, and "
+                         f"not all came ({_reason(error)})") from None
     return store
 
 
@@ -159,7 +159,8 @@ def shard(policy, device="cpu", offload=False):
     options = dict(
         mesh=mesh, reshard_after_forward=not policy.stays_whole,
         mp_policy=MixedPrecisionPolicy(policy.autocast_dtype, reduce_dtype=torch.float32),
-        offload_policy=CPUOffloadPolicy(pin_memory=device == "cuda") if offload else OffloadPolicy())
+        offload_policy=(CPUOffloadPolicy(pin_memory=device == "cuda") if offload
+                        else OffloadPolicy()))
     for buffer in policy.buffers() if mesh.size() > 1 else ():
         dist.broadcast(buffer, 0)
     for module in (*policy.layers, policy):

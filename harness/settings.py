@@ -230,9 +230,10 @@ FLAGS = {
         "save-every": dict(type=int, default=0, metavar="UPDATES", help="keep a checkpoint inside "
                            "the training phase too (12 bytes a parameter, twice while one replaces "
                            "another); 0: a kill repeats the phase"),
-        "save-dtype": dict(choices=["start", "float32"], default="start", help="of policies; start: "
-                           "the start model's. From a bf16 model, an iteration's steps below 1/256 "
-                           "of a weight are then rounded away before the next one"),
+        "save-dtype": dict(choices=["float32", "start"], default="float32", help="of policies; "
+                           "start: the start model's, half the disk from a bf16 model, but then "
+                           "steps below 1/512 of a weight are lost between iterations: most, at "
+                           "the paper's learning rates"),
         "eval-prompts": dict(type=int, help="held-out prompts for the evaluation; 0: none"),
         "baseline": dict(action=YES_OR_NO, help="also run alpha = 0 from the same start and seeds"),
         "dry-run": dict(action="store_true", help="print the plan and stop; loads no weights"),

@@ -51,16 +51,12 @@ def by_textbook(world, alpha):
     return rounds, policy
 
 
-def by_the_loop(world, alpha, folder):
-    """The same through files; portions of records get ids, and the model a folder."""
-    model, tokenizer, portions = world
+def run_loop(folder, model, tokenizer, portions, flags, judge=judge):
+    """train_loop.self_explore over portions of records, which get ids -> (its folder, portions)."""
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    s = settings.read([
-        "--model", str(folder / "model"), "--data", "a/b", "--run-dir", str(folder / "run"),
-        *f"--alpha {alpha} --beta {BETA} --lr {LR[0]} {LR[1]} --iterations 2 --batch-size {BATCH} "
-        f"--adam-betas 0.9 0.95 --adam-eps 1e-3 --max-grad-norm {MAX_NORM} --max-length 40 --eval-prompts 0 "
-        "--max-prompt-length 20 --max-new-tokens 8 --tokens-per-forward 60 --slots 5".split()])
+    s = settings.read(["--model", str(folder / "model"), "--data", "a/b", "--run-dir",
+                       str(folder / "run"), *flags.split()])
     portions = [[{"prompt_id": f"{k} {i}", **record} for i, record in enumerate(portion)]
                 for k, portion in enumerate(portions)]
     run = rundir.Run(folder / "run")
@@ -68,8 +64,18 @@ def by_the_loop(world, alpha, folder):
     train_loop.self_explore(run, prepare.Start(
         run, s.model, template.ChatFormat(tokenizer), prepare.sample.generate, "selm_tree",
         judges.load_judge("oracle", oracle=judge), portions, []), s)
-    return [read_round(run.folder, k) for k in (1, 2)], train_loop.weights.load_model(
-        run.folder / "iter_2/policy")
+    return run.folder, portions
+
+
+def by_the_loop(world, alpha, folder):
+    """The same through files."""
+    run, _ = run_loop(
+        folder, *world, f"--alpha {alpha} --beta {BETA} --lr {LR[0]} {LR[1]} --iterations 2 "
+        f"--batch-size {BATCH} --adam-betas 0.9 0.95 --adam-eps 1e-3 --max-grad-norm {MAX_NORM} "
+        "--max-length 40 --eval-prompts 0 --max-prompt-length 20 --max-new-tokens 8 "
+        "--tokens-per-forward 60 --slots 5")
+    return [read_round(run, k) for k in (1, 2)], train_loop.weights.load_model(
+        run / "iter_2/policy")
 
 
 def read_round(folder, k):

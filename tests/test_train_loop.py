@@ -295,12 +295,18 @@ def one_gradient(policy, trees, budget=10**6, alpha=0.3, beta=0.5):
 
 
 def test_accumulated_micro_batches_equal_one_full_batch():
-    """A loss that is averaged over micro-batches of different sizes."""
+    """A loss that is averaged over micro-batches of different sizes; a farthest log-prob that is
+    the last micro-batch's. The margins are no ties, whose accuracy would be left to rounding."""
     results = []
     for budget in (10**6, 25, 1):
         policy = policies.Policy(make_model(scale=2.0))
-        metrics, farthest, micro_batches = one_gradient(policy, ready_trees(policy), budget)
-        assert farthest < 1e-4 and micro_batches == {10**6: 1, 25: 5, 1: 6}[budget]
+        trees = ready_trees(policy)
+        for i, tree in enumerate(trees, 1):
+            tree.ref_logps[tree.chosen] += 0.1 * i * (-1) ** i
+        metrics, farthest, micro_batches = one_gradient(policy, trees, budget)
+        assert farthest == pytest.approx(0.6, abs=1e-4)
+        assert metrics["accuracy"] == pytest.approx(0.5)  # i odd: the reference is below
+        assert micro_batches == {10**6: 1, 25: 5, 1: 6}[budget]
         results.append((metrics, [p.grad for p in policy.parameters()]))
     for metrics, gradient in results[1:]:
         assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-6)

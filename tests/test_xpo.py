@@ -14,7 +14,8 @@ import torch
 import rank
 import textbook
 import train_loop
-from harness import judges, prepare, rundir, settings, template, toy
+from harness import prepare, rundir, settings, template, toy
+from test_textbook import run_loop
 
 ALPHA, BETA, LR, BATCH = 0.2, 0.5, [4e-3, 2e-3], 5
 FLAGS = (f"--alpha {ALPHA} --beta {BETA} --lr {LR[0]} {LR[1]} --iterations 2 --batch-size {BATCH} "
@@ -38,18 +39,8 @@ def run(tmp_path_factory):
         model, tokenizer, portions, _ = toy.textbook_world(seed=0, rows=12, portions=2)
     finally:
         toy.SFT_STEPS = steps
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    s = settings.read(["--model", str(folder / "model"), "--data", "a/b", "--run-dir",
-                       str(folder / "run"), *FLAGS.split()])
-    portions = [[{"prompt_id": f"{k} {i}", **record} for i, record in enumerate(portion)]
-                for k, portion in enumerate(portions)]
-    run = rundir.Run(folder / "run")
-    run.folder.mkdir()
-    train_loop.self_explore(run, prepare.Start(
-        run, s.model, template.ChatFormat(tokenizer), prepare.sample.generate, "selm_tree",
-        judges.load_judge("oracle", oracle=judge), portions, []), s)
-    return model, tokenizer, portions, run.folder
+    run, portions = run_loop(folder, model, tokenizer, portions, FLAGS, judge)
+    return model, tokenizer, portions, run
 
 
 def xpo_loss(policy, initial, batch):
