@@ -213,8 +213,8 @@ MUTANTS = [
     ("the next iteration begins at the first policy again", "train_loop.py",
      'policy = once(here / "policy", train', 'once(here / "policy", train', BOOK),
     ("y comes from the first policy", "train_loop.py",
-     "sample_responses, portion, policy, start, s)",
-     "sample_responses, portion, start.policy, start, s)", BOOK),
+     "draw, portion, policy, start, s)",
+     "draw, portion, start.policy, start, s)", BOOK),
     ("the gradient is not divided by the batch", "train_loop.py",
      "(losses.sum() * PROCESSES / batch.examples).backward()",
      "(losses.sum() * PROCESSES).backward()", BOOK),
@@ -222,6 +222,12 @@ MUTANTS = [
      "(losses.sum() * PROCESSES / batch.examples).backward()",
      "losses.mean().backward()", LOOP
      + "::test_accumulated_micro_batches_equal_one_full_batch"),
+    ("XPO pushes the policy's own sample down", "rank.py", 'row["sampled"] = [reference]',
+     'row["sampled"] = [policy]', "tests/test_xpo.py"),
+    ("XPO's tie goes to the first model", "rank.py", "lost = scores[policy] < scores[reference]",
+     "lost = scores[policy] <= scores[reference]", "tests/test_xpo.py"),
+    ("XPO's two samples change places", "train_loop.py", 'zip(("policy", "reference"), ys)',
+     'zip(("reference", "policy"), ys)', "tests/test_xpo.py"),
     ("roles are swapped where they are picked", "train_loop.py",
      "return logps[chosen], logps[rejected], sampled",
      "return logps[rejected], logps[chosen], sampled", BOOK),
@@ -271,7 +277,7 @@ def broken_copy(folder, mutant=None):
     files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True,
                            capture_output=True, check=True).stdout.split("\n")
     for name in filter(None, files):
-        if (ROOT / name).is_file() and name.endswith((".py", ".ini")):
+        if (ROOT / name).is_file() and name.endswith((".py", ".ini", ".html")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     if mutant:
