@@ -66,8 +66,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from common import (MEASURES, SEEDS, World, cell, command, differences, markdown, mean_interval,
-                    minus, plain_logs)
+from common import (MEASURES, SEEDS, World, cell, command, differences, draw_panels, errorbars,
+                    markdown, mean_interval, minus, plain_logs)
 
 from harness import weights  # noqa: E402
 
@@ -269,20 +269,12 @@ def draw(results, path):
     figure, axes = plt.subplots(2, 3, figsize=(15, 9))
     panels = (draw_reward, draw_entropy, draw_paths,
               draw_words, draw_long_reward, draw_long_changes)
-    for axis, panel in zip(axes.flat, panels):
-        axis.set_title(panel(axis, results), fontsize=9, loc="left")
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=7)
+    draw_panels(axes.flat, panels, results)
     figure.suptitle(f"Optimism against alpha = 0 in the toy world, after 3 iterations: means and "
                     f"95 % intervals of {len(results['seeds'])} seeds, differences paired",
                     fontsize=11)
     figure.tight_layout(h_pad=2, w_pad=2)
     figure.savefig(path, dpi=100)
-
-
-def errorbars(axis, xs, lists, **style):
-    means, widths = zip(*map(mean_interval, lists))
-    axis.errorbar(xs, means, yerr=widths, **{"marker": "o", "markersize": 4, "capsize": 3} | style)
 
 
 def by_alpha(axis, results, measure):

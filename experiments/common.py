@@ -200,6 +200,20 @@ def jackknife(statistic, rows):
     return statistic(rows), (len(rows) - 1) * mean_interval(left_out)[1]
 
 
+def draw_panels(axes, panels, results):
+    """Each panel draws itself on its axis and returns its caption, a sentence."""
+    for axis, panel in zip(axes, panels):
+        axis.set_title(panel(axis, results), fontsize=9, loc="left")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7)
+
+
+def errorbars(axis, xs, lists, label=None, **style):
+    """Mean and 95 % interval of each list."""
+    means, widths = zip(*map(mean_interval, lists))
+    axis.errorbar(xs, means, yerr=widths, label=label, marker="o", markersize=4, capsize=3, **style)
+
+
 def plain_logs(*axes):
     """Ticks of logarithmic axes as 0.01: harness/plots.py has turned matplotlib's math off."""
     for axis in axes:

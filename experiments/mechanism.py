@@ -63,8 +63,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
-from common import (MEASURES, SEEDS, World, cell, command, differences, jackknife,
-                    markdown, minus, plain_logs)
+from common import (MEASURES, SEEDS, World, cell, command, differences, draw_panels, errorbars,
+                    jackknife, markdown, minus, plain_logs)
 
 import textbook  # noqa: E402
 from harness import rundir, weights  # noqa: E402
@@ -301,21 +301,14 @@ GREEDY, SAMPLED, GREY, GOLD = "#d1495b", "#30638e", "#8a8a8a", "#edae49"
 def draw(results, path):
     figure, axes = plt.subplots(2, 3, figsize=(15, 9))
     panels = (draw_norms, draw_sampled, draw_rewards, draw_gains, draw_entropy, draw_sizes)
-    for axis, panel in zip(axes.flat, panels):
-        axis.set_title(panel(axis, results), fontsize=9, loc="left")
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=7)
+    draw_panels(axes.flat, panels, results)
+    for axis in axes.flat[1:5]:  # of differences
+        axis.axhline(0, color="grey", linewidth=0.7)
     figure.suptitle(f"The optimism term, alpha = {results['alpha']:g} minus alpha = 0 on the toy "
                     f"world: means and 95 % intervals of {len(results['seeds'])} seeds, paired",
                     fontsize=11)
     figure.tight_layout(h_pad=2, w_pad=2)
     figure.savefig(path, dpi=100)
-
-
-def errorbars(axis, xs, lists, label, **style):
-    means, widths = zip(*map(mean_interval, lists))
-    axis.errorbar(xs, means, yerr=widths, label=label, marker="o", markersize=4, capsize=3, **style)
-    axis.axhline(0, color="grey", linewidth=0.7)
 
 
 def draw_norms(axis, results):

@@ -60,7 +60,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
-from common import World, cell, command, differences, markdown, mean_interval, minus
+from common import (World, cell, command, differences, draw_panels, errorbars, markdown,
+                    mean_interval, minus)
 from torch.nn.functional import softplus
 
 import sample  # noqa: E402
@@ -330,26 +331,19 @@ COLOURS = ("#30638e", "#d1495b", "#edae49", "#8a8a8a")
 
 def draw(results, path):
     figure, axes = plt.subplots(1, 3, figsize=(17, 5))
-    for axis, panel in zip(axes, (draw_sizes, draw_turns, draw_ensemble)):
-        axis.set_title(panel(axis, results), fontsize=9, loc="left")
-        axis.grid(alpha=0.25)
+    draw_panels(axes, (draw_sizes, draw_turns, draw_ensemble), results)
+    for axis in axes:
         axis.axhline(0, color="grey", linewidth=0.7)
-        axis.legend(fontsize=7)
     figure.suptitle(f"Open questions on the toy world: means and 95 % intervals of "
                     f"{len(results['seeds'])} seeds, paired", fontsize=11)
     figure.tight_layout(w_pad=2)
     figure.savefig(path, dpi=100)
 
 
-def line(axis, xs, lists, label, **style):
-    means, widths = zip(*map(mean_interval, lists))
-    axis.errorbar(xs, means, yerr=widths, label=label, marker="o", markersize=4, capsize=3, **style)
-
-
 def draw_sizes(axis, results):
     for i, size in enumerate(results["sizes"][0]):
         shares = [mean_interval(unit_shares(results, size))[0] * a for a in results["alphas"]]
-        line(axis, shares, [gains(results, size, a) for a in results["alphas"]], size,
+        errorbars(axis, shares, [gains(results, size, a) for a in results["alphas"]], size,
              color=COLOURS[i // 3], linestyle=("-", "--", ":")[i % 3])
     axis.set(xscale="log", xlabel="alpha times (share / alpha); legend: width x rows",
              ylabel="gain in true reward after one iteration")
@@ -363,7 +357,7 @@ def draw_turns(axis, results):
         arms = [[seed[f"{name}, alpha {a}"] for seed in results["turns"]] for a in ("0.3", "0")]
         ks = range(1, len(arms[0][0]) + 1)
         for measure, style in (("reward", "-"), ("repeats", ":")):
-            line(axis, ks, [minus(*arms, measure, k) for k in ks], f"{name}: {measure}",
+            errorbars(axis, ks, [minus(*arms, measure, k) for k in ks], f"{name}: {measure}",
                  color=colour, linestyle=style)
     axis.set_xticks(ks)
     axis.set(xlabel="after iteration", ylabel="alpha = 0.3 minus alpha = 0")
@@ -376,7 +370,7 @@ def draw_ensemble(axis, results):
         for name, colour in zip(EXPLORERS, (COLOURS[3], COLOURS[1], COLOURS[0], COLOURS[2])):
             arm, base = ([seed[n] for seed in seeds] for n in (name, "one sample"))
             ks = range(1, len(arm[0]) + 1)
-            line(axis, ks, [minus(arm, base, "reward", k) for k in ks], f"{world}: {name}",
+            errorbars(axis, ks, [minus(arm, base, "reward", k) for k in ks], f"{world}: {name}",
                  color=colour, linestyle=style)
     axis.set_xticks(ks)
     axis.set(xlabel="after iteration", ylabel="true reward, minus one sample at temperature 1")
