@@ -104,7 +104,8 @@ def give_roles_to_two_samples(row, index, scores):
 class PairRM(nn.Module):
     """PairRM's inference; parameters are named as in llm-blender's checkpoints.
 
-    config: DebertaV2Config; tokenizer: DeBERTa-v2 style ([CLS] text [SEP]). Loaded by harness.judges.
+    config: DebertaV2Config; tokenizer: DeBERTa-v2 style ([CLS] text [SEP]), both made
+    by harness.judges.
     """
 
     # The order in which llm-blender adds them to DeBERTa's 128,001 tokens: ids 128001 to 128004.

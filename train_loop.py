@@ -130,7 +130,7 @@ def rank_candidates(records, samples, start, s):
 
 
 def named(responses, row, s):
-    """The candidates of a prompt, (source, ids) each: the data's two and y; XPO's are both sampled."""
+    """A prompt's candidates, (source, ids) each: the data's two and y; XPO's are both sampled."""
     ys = [y["ids"] for y in row["samples"]]
     if s.pairs == "reference":
         return list(zip(("policy", "reference"), ys))

@@ -52,6 +52,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -424,8 +425,9 @@ def loop_rows(settings):
 
 
 def loop_judge(prompts, candidates):
-    """About 60 words, the nearer the better; no two texts score alike."""
-    return [[-abs(len(text.split()) - 60) - len(text) * 1e-4 for text in texts]
+    """About 60 words, the nearer the better; a checksum decides between equals, as the two sides
+    break ties differently."""
+    return [[-abs(len(text.split()) - 60) - zlib.crc32(text.encode()) * 1e-12 for text in texts]
             for texts in candidates]
 
 
@@ -460,8 +462,9 @@ def worker_loop_ours(settings):
     run, records = rundir.Run(s.run_dir), loop_rows(settings)
     s.run_dir.mkdir()
     start = time.perf_counter()
-    train_loop.self_explore(run, prepare.Start(run, str(folder), chat, LoopJudge(), [records], []),
-                            s)
+    train_loop.self_explore(run, prepare.Start(
+        run, str(folder), chat, prepare.sample.generate, "selm_tree", LoopJudge(), [records],
+        []), s)
     seconds = time.perf_counter() - start
     losses = [row["loss"] for _, row in rundir.read_jsonl(s.run_dir / "metrics.jsonl")
               if row["phase"] == "train"]
@@ -807,15 +810,17 @@ def worker_data(settings):
     """Sampling and ranking by stubs, and the plan of the updates, files and all, on the real rows
     repeated (each prompt with a number of its own)."""
     import train_loop
-    from harness import evaluate, judges, prepare, rows, rundir, settings as flags, template, weights
+    from harness import evaluate, judges, prepare, rows, rundir, template, weights
+    from harness import settings as flags
     folder, seconds, peaks = Path(settings["folder"]), {}, {"libraries": resident_kib() / 2**20}
     real = rows.load_preferences(folder / "prefs.jsonl")
     records = [{**real[i % len(real)], "prompt_id": str(i), "prompt": [
         {"role": "user", "content": f"{i}. {real[i % len(real)]['prompt'][-1]['content']}"}]}
         for i in range(settings["rows"])]
     peaks["rows"] = resident_kib() / 2**20
-    (folder / "judge.py").write_text("def judge(prompts, candidates):\n"
-                                     "    return [[len(t) for t in texts] for texts in candidates]\n")
+    (folder / "judge.py").write_text(
+        "def judge(prompts, candidates):\n"
+        "    return [[len(text) for text in texts] for texts in candidates]\n")
     chat = template.ChatFormat(template.load_tokenizer(folder), weights.model_stop_ids(folder))
     run = rundir.Run(folder / f"data_{settings['rows']}")
     s = flags.read(["--model", str(folder), "--data", "x/y", "--run-dir", str(run.folder),
@@ -919,7 +924,7 @@ def draw_bars(results, axes):
     """Ours = 1: how many times the time and memory the others take."""
     bars = []
     for part, label in (("step", "textbook\nstep"), ("long", "textbook\nlong"),
-                        ("trl", "TRL\nstep"), ("sample", "model.\ngenerate")):
+                        ("loop", "textbook\nloop"), ("trl", "TRL\nstep"), ("sample", "model.\ngenerate")):
         if results.get(part, {}).get("speedup"):
             bars.append((label, results[part]["speedup"], 1 / results[part]["memory_ratio"]))
     axes.bar([i - 0.2 for i in range(len(bars))], [b[1] for b in bars], 0.4, label="time")
@@ -938,7 +943,7 @@ def log_axis(axis):
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
-def draw_gather(rows, axes, key, label):
+def draw_gather(rows, *, axes, key, label):
     for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         for v, style in zip(sorted({row["V"] for row in rows}), ("--", "-")):
             points = [r for r in rows if r["method"] == method and r["V"] == v and key in r]
@@ -952,7 +957,7 @@ def draw_gather(rows, axes, key, label):
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def draw_scaling(axes_points, axes, key, label):
+def draw_scaling(axes_points, *, axes, key, label):
     for axis, points in axes_points.items():
         axes.plot([p["tokens"] for p in points], [p[key] for p in points], marker=".",
                   label=f"more {axis}" if axis != "response_length" else "longer responses")
@@ -965,27 +970,36 @@ def draw_scaling(axes_points, axes, key, label):
     axes.legend(fontsize=8)
 
 
+def draw_profile(limit, axes):
+    axes.barh(list(limit["profile"])[::-1], list(limit["profile"].values())[::-1])
+    axes.set(title=f"Where a step's time goes\n(useful FLOP/s: {limit['fraction']:.0%} of bare "
+                   "products')", xlabel="share")
+
+
 def figure(folder):
-    """results/benchmark.png from results/benchmark.json; an absent part leaves its panel empty."""
+    """results/benchmark.png from results/benchmark.json: a panel for what has been measured."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     results = json.loads((folder / "benchmark.json").read_text())
-    drawn, panels = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    draw_bars(results, panels[0, 0])
+    draw = [functools.partial(draw_bars, results)]
     if "gather" in results:
-        draw_gather(results["gather"]["rows"], panels[0, 1], "seconds", "seconds")
-        draw_gather(results["gather"]["rows"], panels[0, 2], "added_gib", "GiB added")
+        draw += [functools.partial(draw_gather, results["gather"]["rows"], key=key, label=label)
+                 for key, label in (("seconds", "seconds"), ("added_gib", "GiB added"))]
     if "scaling" in results:
-        draw_scaling(results["scaling"]["axes"], panels[1, 0], "pass_seconds",
-                     "seconds without update")
-        draw_scaling(results["scaling"]["axes"], panels[1, 1], "peak_gib", "peak GiB")
+        draw += [functools.partial(draw_scaling, results["scaling"]["axes"], key=key, label=label)
+                 for key, label in (("pass_seconds", "seconds without update"),
+                                    ("peak_gib", "peak GiB"))]
     if "limit" in results:
-        profile = results["limit"]["profile"]
-        panels[1, 2].barh(list(profile)[::-1], list(profile.values())[::-1])
-        panels[1, 2].set(title="Where a step's time goes\n(useful FLOP/s: "
-                               f"{results['limit']['fraction']:.0%} of bare products')",
-                         xlabel="share")
+        draw.append(functools.partial(draw_profile, results["limit"]))
+    columns = min(3, len(draw))
+    rows = -(-len(draw) // columns)
+    drawn, panels = plt.subplots(rows, columns, figsize=(5 * columns, 4 * rows), squeeze=False,
+                                 layout="constrained")
+    for axes in panels.flat[len(draw):]:
+        axes.axis("off")
+    for panel, axes in zip(draw, panels.flat):
+        panel(axes=axes)
     drawn.savefig(folder / "benchmark.png", dpi=110)
     plt.close(drawn)
 
