@@ -924,7 +924,8 @@ def draw_bars(results, axes):
     """Ours = 1: how many times the time and memory the others take."""
     bars = []
     for part, label in (("step", "textbook\nstep"), ("long", "textbook\nlong"),
-                        ("loop", "textbook\nloop"), ("trl", "TRL\nstep"), ("sample", "model.\ngenerate")):
+                        ("loop", "textbook\nloop"), ("trl", "TRL\nstep"),
+                        ("sample", "model.\ngenerate")):
         if results.get(part, {}).get("speedup"):
             bars.append((label, results[part]["speedup"], 1 / results[part]["memory_ratio"]))
     axes.bar([i - 0.2 for i in range(len(bars))], [b[1] for b in bars], 0.4, label="time")
