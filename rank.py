@@ -287,5 +287,5 @@ def distinct(texts):
 
 
 if __name__ == "__main__":
-    from harness.judges import main
-    main()
+    from harness import ends, judges
+    ends.run(judges.main, "finished scores are kept, and the same command goes on from there")

@@ -325,5 +325,5 @@ def advance(live, cache, tokens, stop_ids):
 
 
 if __name__ == "__main__":
-    from harness.chat import main  # the command line: a prompt, a chat, AlpacaEval's outputs
-    raise SystemExit(main())
+    from harness import chat, ends  # the command line: a prompt, a chat, AlpacaEval's outputs
+    ends.run(chat.main)

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import sys
-import unicodedata
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ import transformers
 import model as policies
 import sample
 from harness import samplers, template, weights
-from harness.rundir import write_text
+from harness.rundir import printable, write_text
 
 MAX_NEW_TOKENS = 512  # where the user names no limit and the context has room
 
@@ -194,12 +193,6 @@ def write_alpaca(args, rows, texts):
 
 def user_turn(text):
     return [{"role": "user", "content": text}]
-
-
-def printable(text):
-    """Without control characters but newline and tab: a model's text must not steer a terminal
-    (move the cursor, set its title, answer in the user's name)."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def note(text):

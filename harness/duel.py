@@ -12,14 +12,14 @@ Test: pytest tests/test_duel.py.
 
 import argparse
 import statistics
-import sys
 from collections import Counter
 
 import torch
 
+from harness import ends
 from harness.chat import read_instructions, user_turn
 from harness.evaluate import half_for_ties, length_controlled, wilson
-from harness.judges import SPECS, load_judge, one_line
+from harness.judges import SPECS, load_judge
 from harness.rundir import Rows
 from harness.template import strip_thought
 
@@ -86,14 +86,7 @@ def main(argv=None):
     add("--tokens-per-forward", type=int, default=8192, help="halve it when memory runs out")
     add("--scores", metavar="FILE", help="keeps finished scores, from which the same command goes "
         "on (default: they are not kept)")
-    args = parser.parse_args(argv)
-    try:
-        print(compare(args))
-    except (ValueError, OSError) as error:
-        sys.exit(one_line(f"error: {error}"))
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+    print(compare(parser.parse_args(argv)))
 
 
 def compare(args):
@@ -140,4 +133,4 @@ def read_outputs(flag, path):
 
 
 if __name__ == "__main__":
-    main()
+    ends.run(main, "with --scores, the same command goes on after the last finished score")

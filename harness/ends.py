@@ -16,7 +16,9 @@ OUT_OF_MEMORY = (". Finished phases are kept: lower --tokens-per-forward (traini
 
 
 def one_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Without control characters: an error may quote a stranger's file, and steer no terminal."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return "".join(character for character in line if character.isprintable())
 
 
 class Terminated(KeyboardInterrupt):
@@ -41,8 +43,10 @@ def before(module):
             signal.signal(number, _leave)
 
 
-def run(main):
-    """main(), and an end that fits what happened. SELM_TRACEBACK=1 shows where an error arose."""
+def run(main, goes_on=GOES_ON):
+    """main(), and an end that fits what happened. SELM_TRACEBACK=1 shows where an error arose.
+    goes_on: what Ctrl-C says after "stopped; ".
+    Trap: a job started in the background of a script inherits an ignored Ctrl-C, so it is set."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -54,7 +58,7 @@ def run(main):
             (hint for sign, hint in HINTS.items() if sign in str(error)), ""))
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
-        print(f"\n{'terminated' if terminated else 'stopped'}; {GOES_ON}", file=sys.stderr)
+        print(f"\n{'terminated' if terminated else 'stopped'}; {goes_on}", file=sys.stderr)
         sys.exit(143 if terminated else 130)
     except Exception as error:
         if "out of memory" in str(error).lower() or isinstance(error, MemoryError):

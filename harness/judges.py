@@ -540,14 +540,7 @@ def main():
         "command goes on (OUTPUT.scores.jsonl, which is removed in the end if it is not yours)")
     add("--seed", type=int, default=0, help="human only: the order in which candidates are shown")
     args = parser.parse_args()
-    try:
-        rank_file(args)
-    except (ValueError, OSError) as error:
-        sys.exit(one_line(f"rank.py: {error}"))
-    except KeyboardInterrupt:
-        print("\nrank.py: stopped; finished scores are kept, and the same command goes on from "
-              "there", file=sys.stderr)
-        sys.exit(130)
+    rank_file(args)
 
 
 def rank_file(args):

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 import train_loop
-from harness import chat, duel
+from harness import chat, duel, ends
 from harness.evaluate import length_controlled, wilson
 from harness.judges import load_judge
 from harness.rundir import Rows, read_record, write_jsonl
@@ -209,10 +209,11 @@ def test_what_sample_py_writes_is_judged_by_a_reward_model(tmp_path, capsys):
     ([("do 1", "b"), ("do it", "b")], "theirs.json has no output .* 'do 2'"),
     ([("do 1", "b"), ("do 2", 3)], "--reference .*theirs.json: entry 1 has no string 'output'"),
     ([], "--reference .*theirs.json: expected a list")])
-def test_files_that_do_not_belong_together_are_refused_by_name(theirs, words, tmp_path):
+def test_files_that_do_not_belong_together_are_refused_by_name(theirs, words, tmp_path, monkeypatch):
     """A win rate of answers to different questions."""
     mine = outputs(tmp_path / "mine.json", [("do 1", "a"), ("do 2", "a")])
     with pytest.raises(ValueError, match=words):
         duel.matched(mine, outputs(tmp_path / "theirs.json", theirs))
+    monkeypatch.setattr(ends.signal, "signal", lambda *handler: None)  # pytest keeps its own
     with pytest.raises(SystemExit, match="error: "):
-        duel.main(["--outputs", mine, "--reference", str(tmp_path / "theirs.json")])
+        ends.run(lambda: duel.main(["--outputs", mine, "--reference", str(tmp_path / "theirs.json")]))

@@ -16,7 +16,7 @@ import torch
 from conftest import ARCHITECTURES, ROOT, TEMPLATES, make_tokenizer
 
 import data as our_data
-from harness import judges
+from harness import ends, judges
 from harness.judges import load_judge, with_length_penalty
 from harness.rundir import printable
 
@@ -584,10 +584,10 @@ def rank(tmp_path, monkeypatch):
     def run(spec, *extra):
         files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
         monkeypatch.setattr(sys, "argv", ["rank.py", *files, "--ranker", spec, *extra])
-        try:
-            judges.main()
-        except SystemExit as stop:
-            return stop.code
+        monkeypatch.setattr(ends.signal, "signal", lambda *handler: None)  # pytest keeps its own
+        with pytest.raises(SystemExit) as stop:
+            ends.run(judges.main)
+        return stop.value.code
     return run
 
 
