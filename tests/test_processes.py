@@ -14,12 +14,9 @@ import model as policies
 import train_loop
 from conftest import ARCHITECTURES, ROOT, SIZES, make_model, make_tokenizer
 from harness import scale, weights
-from harness.settings import Compute
 from test_model import make_trees
 from test_train_loop import (command, files_of, training,  # noqa: F401 (command: a fixture)
                              write_model)
-
-CPU = Compute("cpu", "fp32", False, False, 0, False, False)
 
 
 @pytest.fixture
@@ -138,7 +135,6 @@ def test_an_empty_model_is_a_loaded_one_without_its_weights(architecture, tmp_pa
 LOADS = """
 import torch
 from harness import scale, weights
-from harness.settings import Compute
 def resident(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if field in line) / 1024
 def load(path):
