@@ -87,14 +87,14 @@ def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
     return _ready(model.to(device), attention)
 
 
-def empty_model(path, attention):
+def empty_model(path, attention, dtype=torch.float32):
     """The same architecture with weights that hold nothing: memory that is promised and, as nobody
     touches it, never given. Buffers are computed as in a real one."""
     name, options = _source(path)
     config = AutoConfig.from_pretrained(name, **options)
     with no_init_weights():
         model = _auto_class(name, options).from_config(
-            config, dtype=torch.float32, attn_implementation="eager")
+            config, dtype=dtype, attn_implementation="eager")
     model.tie_weights()
     return _ready(model, attention)
 

@@ -1,0 +1,303 @@
+"""What a run needs of memory, before anything is loaded: --dry-run prints it, a GPU run obeys it.
+
+A forward and backward pass has no formula that would hold for every architecture. So the very code
+of model.py, selm.py and sample.py runs over fake tensors, which have shapes and no content, while
+`Live` counts the bytes that are alive. What is left is arithmetic on the number of weights:
+
+    n weights, m of them trained (all, without LoRA), c bytes each in the compute dtype
+    one process      4n weights   4m gradient   8m AdamW's moments              all on the device
+    N processes      the same / N, and the layers at work, whole (FSDP2)        each on its own
+    --offload        cn weights   4m gradient on the device;   4n + 4m + 8m on the host
+
+Not seen from here: CUDA's own memory and the holes between blocks (ROOM leaves 8 % of a card for
+both), the page cache, and what a judge of yours takes.
+
+Test: pytest tests/test_plan.py.
+"""
+
+import functools
+import os
+import random
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention.bias import causal_upper_left
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import data
+import model as policies
+import sample
+import selm
+from harness import scale, weights
+from harness.scale import PROCESSES, say
+
+CARDS, ROOM = (24, 48, 80, 141), 0.92  # GB of the usual cards; the share that a run may fill
+
+# ----------------------------------------------------------------------------------------------
+# 1. Counting over fake tensors
+# ----------------------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make: alive `now`, and at the `peak`.
+
+    Real tensors stay real: indices, which our code and transformers' ask for their values.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if FakeTensor not in types and any(
+                isinstance(x, torch.Tensor) for x in tree_leaves((args, kwargs))):
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        for tensor in [result] if isinstance(result, FakeTensor) else tree_leaves(result):
+            if isinstance(tensor, FakeTensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:  # a view has its base's storage
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._died, key, size)
+
+    def _died(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+@contextmanager
+def counting(device):
+    """Fake tensors, counted. They are on the CPU, for torch without CUDA has no others; where our
+    code takes another way on a GPU, so do they: no mask beside attention, no fp32 copies of bf16
+    matrices."""
+    gpu, live = device == "cuda", Live()
+    bias = causal_upper_left if gpu else policies.causal_lower_right
+
+    def made_outside(*size):  # a tensor subclass of its own, which could not be made a fake
+        with _disable_current_modes():
+            return bias(*size)
+
+    def matmul_fp32(a, b, out=None):
+        return a.new_empty(len(a), b.shape[1], dtype=torch.float32) if out is None else out
+
+    with (mock.patch.object(policies, "causal_lower_right", made_outside),
+          mock.patch.object(selm, "_matmul_fp32", matmul_fp32 if gpu else selm._matmul_fp32),
+          FakeTensorMode(allow_non_fake_inputs=True), live):
+        yield live
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Of a model: numbers of weights, and bytes beyond weights and gradient."""
+    weights: int
+    trained: int
+    largest: int  # weights of the largest FSDP group: a layer, or what is in none
+    rest: int  # weights in no layer: embedding, head, norm
+    backward: int  # at the peak of forward and backward
+    forward: int  # at the peak of a forward pass alone
+
+
+@functools.cache
+def passes(path, compute, shape, sharded):
+    """Passes of one micro-batch. shape: how many trees, tokens of a prompt, [tokens of a response].
+    sharded: weights come in the compute dtype (FSDP2); else autocast makes copies of them."""
+    dtype = torch.bfloat16 if compute.dtype == "bf16" else torch.float32
+    with counting(compute.device) as live:
+        model = weights.empty_model(path, compute.attention, dtype if sharded else torch.float32)
+        if compute.lora_rank:
+            with mock.patch.object(torch.nn.Module, "to", lambda self, *_, **__: self):
+                model = scale.add_lora(model, compute.lora_rank)  # no fake parameter can be moved
+        policy = policies.Policy(model, compute.gradient_checkpointing,
+                                 dtype if compute.dtype == "bf16" else None)
+        parameters = list(policy.parameters())
+        for p in parameters:  # micro-batches after an update's first find a gradient there
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+        batch, before = (data.pad if compute.plain_rows else data.pack)(trees_of(*shape)), live.now
+        live.peak = before
+        with torch.no_grad():
+            policy(batch)
+        forward, live.peak = live.peak - before, before
+        policy(batch).sum().backward()
+    count = lambda ps: sum(p.numel() for p in ps)
+    layers = [count(layer.parameters()) for layer in policy.layers]
+    n = count(parameters)
+    rest = n - sum(layers)
+    return Passes(n, count(p for p in parameters if p.requires_grad), max(*layers, rest), rest,
+                  live.peak - before, forward)
+
+
+def trees_of(count, prompt, responses):
+    return [data.Tree([3] * prompt, [[3] * n for n in responses], 0, 1, [])] * count
+
+
+@functools.cache
+def sampling(path, compute, lengths, slots):
+    """(bytes of the weights, of the KV slots when all are full, of all else at the peak) of filling
+    every slot and of its last step. lengths: tokens of a prompt, of prompt + response."""
+    dtype = torch.bfloat16 if compute.dtype == "bf16" else torch.float32
+    prompt, longest = lengths
+    with counting(compute.device) as live, torch.no_grad():
+        model, cache = weights.empty_model(path, compute.attention, dtype), sample.SlotCache(
+            slots, longest)
+        kept = live.peak = live.now
+        sample.prefill(model, cache, [[3] * prompt] * slots, 0)
+        last = sample.Slot(0, 3, longest - 1, 1, random.Random(0))
+        lm_logits = sample.step(model, cache, [last] * slots)
+        sample.pick_tokens(lm_logits, [0.5] * slots, 1.0, 1.0)
+        slots_full = sum(x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values))
+    # On a CPU sample.packed_linears holds the linear layers a second time.
+    copies = sum(4 * m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear)
+    return kept, slots_full, live.peak - kept - slots_full + (
+        copies if compute.device == "cpu" and compute.dtype == "fp32" else 0)
+
+
+@functools.cache
+def judging(ranker, device):
+    """(bytes of its weights, of a forward pass of 8192 tokens) of PairRM or a reward model; others:
+    0. PairRM is a DeBERTa-v3-large, so its shape need not be fetched."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, DebertaV2Config
+    kind, _, name = ranker.partition(":")
+    if kind not in ("pairrm", "reward"):
+        return 0, 0
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if kind == "pairrm":
+        config = DebertaV2Config(
+            vocab_size=128_100, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+            intermediate_size=4096, position_buckets=256, relative_attention=True,
+            max_relative_positions=-1, pos_att_type=["p2c", "c2p"], share_att_key=True,
+            norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0)
+    else:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    with counting(device) as live, torch.no_grad():
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
+        kept = live.peak = live.now
+        ids = torch.full((4, 2048) if config.pad_token_id is not None else (1, 2048), 3)
+        model(ids, torch.ones_like(ids))
+    return kept, live.peak - kept
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. The phases of a run
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes of one process on its device, and of all processes of a host in its memory."""
+    weights: float
+    gradient: float = 0
+    optimiser: float = 0
+    activations: float = 0
+    other: float = 0
+    host: float = 0
+
+    @property
+    def device(self):
+        return self.weights + self.gradient + self.optimiser + self.activations + self.other
+
+
+def micro_batch(s):
+    """The shape of a full one, for `passes`: trees of rows as long as the settings allow."""
+    tree = s.max_prompt_length, (s.max_length - s.max_prompt_length,) * (
+        2 if s.pairs == "reference" else 2 + s.responses_per_prompt)
+    size = trees_of(1, *tree)[0].size
+    tokens = size.rows * size.width if s.plain_rows else size.tokens
+    return max(1, s.tokens_per_forward // tokens), *tree
+
+
+def phases(s, processes=PROCESSES):
+    """name -> Phase of a run of the settings s. On a CPU, device and host are one memory."""
+    c, sharded = 2 if s.dtype == "bf16" else 4, bool(s.offload) or processes > 1
+    p = passes(s.model, s.compute, micro_batch(s), sharded)
+    n, m = p.weights, p.trained
+    share = dict(weights=4 * n / processes, gradient=4 * m / processes,
+                 optimiser=8 * m / processes)
+    # FSDP2 makes a layer whole for its work, and the next one meanwhile; gradients are summed in
+    # fp32, from one buffer into another. What is in no layer stays whole throughout.
+    work = c * (2 * p.rest + 3 * p.largest) + 8 * p.largest if sharded else 0
+    # glibc's heap keeps the hole of a gradient that was freed, and activations fill a part of it.
+    holes = 3 * m / processes if s.device == "cpu" else 0
+    host = 4 * n  # process 0 alone loads, and saves, all weights
+    if s.offload:
+        whole = processes == 1  # weights and gradient stay on the device for a whole update
+        host = max(2 * host, 4 * n + 12 * m)
+        share = dict(weights=c * n * whole, gradient=4 * m * whole)
+    kept, cache, samples = sampling(s.model, s.compute, (s.max_prompt_length, s.max_length),
+                                    s.slots)
+    # Loaded once to sample, and kept while the judge works: the policy, and the start beside it.
+    kept *= 2 if s.eval_prompts or s.pairs == "reference" else 1
+    judge, judged = judging(s.ranker, s.device)
+    return {"training": Phase(**share, activations=p.backward, other=work + holes + judge,
+                              host=host),
+            "reference": Phase(share["weights"], activations=p.forward,
+                               other=c * (p.rest + 3 * p.largest) * sharded + judge, host=4 * n),
+            "sampling": Phase(kept, activations=samples, other=cache + judge),
+            "ranking": Phase(kept, activations=judged, other=judge)}
+
+
+def need(s, processes=PROCESSES):
+    """Bytes of a device that the run fills at its peak, and the phase that does."""
+    return max((phase.device, name) for name, phase in phases(s, processes).items())
+
+
+def fitted(s):
+    """s, with --offload turned on where a GPU is too small without it and large enough with it; a
+    run that does not fit at all is refused. ValueError. On a CPU nothing changes."""
+    if s.device != "cuda":
+        return s
+    room = ROOM * card()
+    plain, offloaded = replace(s, offload=bool(s.offload)), replace(s, offload=True)
+    try:
+        needed, phase = need(plain)
+        if needed <= room:
+            return plain
+        if s.offload is None and PROCESSES == 1 and need(offloaded)[0] <= room:
+            say(f"--offload: this run needs {needed / 1e9:.0f} GB of a GPU and has "
+                f"{room / 1e9:.0f}; its masters go to host memory (--no-offload: never)")
+            return offloaded
+    except NotImplementedError as reason:
+        say(f"note: {reason}, so nobody knows whether this GPU is large enough")
+        return plain
+    raise ValueError(f"{phase} needs {needed / 1e9:.0f} GB of a GPU, and {room / 1e9:.0f} of this "
+                     f"one's {card() / 1e9:.0f} can be filled; {remedy(s, room)}")
+
+
+def card():
+    """Bytes of this process's GPU."""
+    place = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.cuda.get_device_properties(place).total_memory
+
+
+def remedy(s, room):
+    """The flags that make a run fit, the cheapest first, each added to those before."""
+    tree = trees_of(1, *micro_batch(s)[1:])[0].size.tokens
+    flags, s = [], replace(s, offload=bool(s.offload))
+    for name, change in (
+            ("--offload", {"offload": True}),
+            ("--gradient-checkpointing", {"gradient_checkpointing": True}),
+            (f"--tokens-per-forward {tree}", {"tokens_per_forward": tree}),
+            ("--slots 16", {"slots": min(16, s.slots)}),
+            ("--lora-rank 16", {"lora_rank": s.lora_rank or 16})):
+        smaller = replace(s, **change)
+        if need(smaller)[0] < need(s)[0]:
+            s, flags = smaller, [*flags, name]
+        if need(s)[0] <= room:
+            return f"it fits with {' '.join(flags)}"
+    for processes in (2, 4, 8):
+        if need(s, processes)[0] <= room:
+            return (f"it fits with {' '.join(flags)} on {processes} GPUs (torchrun "
+                    f"--nproc-per-node {processes})")
+    return "no flag makes it fit: take a smaller model, or shorter rows (--max-length)"
