@@ -57,7 +57,7 @@ class Start:
         judge = self.eval_judge if held_out and self.eval_judge else self.judge
         kept = self.run.folder / "human_answers.jsonl" if judge.name == "human" else (
             here / f"scores{PROCESS}.jsonl")
-        return functools.partial(judge, kept=kept)
+        return functools.partial(judge, kept=judges.Kept(kept))
 
     def also_samples(self, temperature):
         """Whether held-out prompts are answered at temperature 1 too, beside greedily: where that

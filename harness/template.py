@@ -94,9 +94,10 @@ class ChatFormat:
         without what the template puts around it, without special tokens, without a thought."""
         ended = bool(ids) and ids[-1] in self.stop_ids
         ids, n = list(ids[:-1] if ended else ids), len(self.channel)
-        starts = [i + n for i in range(len(ids) - n + 1) if ids[i:i + n] == self.channel]
-        if n and (starts or ids[:1] == self.channel[:1]):  # another channel only: no answer yet
-            ids = ids[starts[-1]:] if starts else []
+        if n and self.channel[0] in ids:
+            starts = [i + n for i in range(len(ids) - n + 1) if ids[i:i + n] == self.channel]
+            if starts or ids[0] == self.channel[0]:  # another channel only: no answer yet
+                ids = ids[starts[-1]:] if starts else []
         text = self._decode(ids).removeprefix(self.lead_text)
         return strip_thought(text.removesuffix(self.tail) if ended else text)
 
