@@ -37,7 +37,7 @@ from tqdm import tqdm
 import data
 import rank
 import selm
-from harness import duel, page, plots, prepare, report, rundir, scale, weights
+from harness import duel, outside, page, plots, prepare, report, rundir, scale, weights
 from harness import settings as flags
 from harness.evaluate import evaluation, ranking
 from harness.scale import PROCESS, PROCESSES, gather, say
@@ -60,7 +60,8 @@ def self_explore(run, start, settings):
         here, s = run.folder / f"iter_{k}", settings.at(k)
 
         # y ~ pi(.|x), then the best and the worst of {y, y_w, y_l}
-        draw = sample_responses if s.pairs == "data" else sample_of_two
+        draw = (outside.samples if s.samples_from else
+                sample_responses if s.pairs == "data" else sample_of_two)
         samples = once(here / "samples.jsonl", draw, portion, policy, start, s)
         pairs = once(here / "pairs.jsonl", rank_candidates, portion, samples, start, s)
         # log pi_ref of every response that the loss needs, before the first update

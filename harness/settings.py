@@ -117,6 +117,7 @@ class Settings:
     max_new_tokens: int
     temperature: float
     top_p: float
+    samples_from: str | None
     tokens_per_forward: int
     slots: int
     gradient_checkpointing: bool
@@ -146,7 +147,8 @@ class Settings:
         if iteration >= self.first:
             changes["lr"] = self.lr[iteration - self.first]
         if iteration == 0:
-            changes |= {"alpha": 0.0, "responses_per_prompt": 0, "pairs": "data"}
+            changes |= {"alpha": 0.0, "responses_per_prompt": 0, "pairs": "data",
+                        "samples_from": None}
         return replace(self, **changes)
 
     def _group(self, kind):
@@ -213,7 +215,10 @@ FLAGS = {
                                "limits it too"),
         "temperature": dict(type=float, help="0: greedy, as the authors' code; 1: as the paper "
                             "writes"),
-        "top-p": dict(type=float, default=1.0, help="nucleus sampling")},
+        "top-p": dict(type=float, default=1.0, help="nucleus sampling"),
+        "samples-from": dict(metavar="FILE", help="samples that another engine (vLLM) has drawn; "
+                             "{k} stands for the iteration. Run it once to get the prompts; "
+                             "harness/outside.py has the format")},
     "speed and memory": {
         "tokens-per-forward": dict(type=int, help="budget of a micro-batch; memory grows with it"),
         "slots": dict(type=int, help="responses sampled side by side"),
@@ -333,6 +338,14 @@ def check(settings, own_data):
          "--temperature > 0: greedy, both samples would be the same in the first iteration"),
         (settings.pairs == "data" or settings.responses_per_prompt == 1, "--pairs reference takes "
          "one sample of each model; leave --responses-per-prompt at 1"),
+        (not settings.samples_from or settings.pairs == "data", "--samples-from has no sample of "
+         "the first model, which --pairs reference needs"),
+        (not settings.samples_from or settings.seeds == 1 and not settings.baseline,
+         "--samples-from is for one arm: the samples of one policy are not another's; give "
+         "--seeds 1 --no-baseline"),
+        (not settings.samples_from or "{k}" in settings.samples_from or settings.iterations == 1,
+         "--samples-from: every iteration has its own samples; put {k}, its number, into the "
+         "name"),
         (not ("human" in (settings.ranker, settings.eval_ranker) and processes > 1),
          "--ranker human: judge in a single process"),
         (settings.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here")]
