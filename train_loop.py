@@ -2,7 +2,7 @@
 
 This is textbook.py's `self_explore`, and computes its numbers (tests/test_textbook.py). What it
 deleted: the reference model (its log-probs are numbers on disk), the padding, the logits, the
-second and the third forward pass. What it added: every phase goes from files to a file, so that a
+second forward pass of the policy (y shares one with the pair). What it added: every phase goes from files to a file, so that a
 run which is killed goes on behind its last finished row, on one process or many.
 
     1  Algorithm 1                              3  One update
@@ -52,9 +52,13 @@ CHUNK = 1024  # prompts that are sampled, tokenised and judged together
 
 
 def self_explore(run, start, settings):
-    """All iterations of one arm (one alpha, one seed). `once(path, phase, ...)` reads what a phase
-    has left at `path`, or runs it: rundir.Run."""
-    once, policy = run.once, start.policy
+    """All iterations of one arm (one alpha, one seed).
+
+    once(path, phase, items, ...): reads what is finished at `path`. Else phase(items, ...), a
+    generator, yields a row for each item, and the .jsonl file comes back as rundir.Rows (a list on
+    disk; rows.of(prompt_id)). Where `path` is a folder, phase(path, ...) writes it.
+    """
+    once, policy = run.once, start.policy  # a policy is a PATH here and in section 2
     evaluate(run, start.run.folder / "start", policy, start, settings.at(settings.first - 1))
     for k, portion in enumerate(start.portions, settings.first):
         here, s = run.folder / f"iter_{k}", settings.at(k)
@@ -107,7 +111,8 @@ def sample_responses(records, policy, start, s):
 def sample_of_two(records, policy, start, s):
     """--pairs reference: of each record the policy's sample, then one of the first model."""
     records, again = itertools.tee(records)
-    other = replace(s, iteration=f"{s.iteration}, reference")  # a random stream of its own
+    # `iteration` only chooses the random stream there: one of its own.
+    other = replace(s, iteration=f"{s.iteration}, reference")
     for row, its in zip(sample_responses(records, policy, start, s),
                         sample_responses(again, start.policy, start, other)):
         yield {**row, "samples": row["samples"] + its["samples"]}
@@ -149,11 +154,11 @@ def reference_logps(pairs, lessons):
     for batch in tqdm(lessons.epochs[0], "reference", unit="batch", leave=False,
                       disable=PROCESS > 0):
         for micro_batch in batch.micro_batches:
-            trees = lessons.trees(micro_batch or [0])
+            trees = lessons.trees(micro_batch or [0])  # [] where another process has one more
             logps = forward(policy, trees, lessons.s.plain_rows).tolist()
             for tree in trees if micro_batch else []:
-                known[tree.prompt_id] = dict(zip(tree.candidates, logps))
-                logps = logps[len(tree.candidates):]
+                known[tree.prompt_id] = dict(zip(tree.candidate_indices, logps))
+                logps = logps[len(tree.candidate_indices):]
     known = {prompt_id: row for share in gather(known) for prompt_id, row in share.items()}
     for row in pairs:
         logps = known.get(row["prompt_id"], {})
@@ -232,7 +237,7 @@ def answer(records, policy, start, s, judge):
     responses; log-probs of all under this and the start policy. Where it is cheap, an answer at
     temperature 1 too, judged likewise."""
     records, chat = list(records), start.chat
-    s = replace(s, iteration="eval", responses_per_prompt=1)
+    s = replace(s, iteration="eval", responses_per_prompt=1)  # one random stream for all policies
     own = [row["samples"][0] for row in sample_responses(records, policy, start, s)]
     trees = [data.Tree(prompt, [*responses, y["ids"]], 0, 1, [2]) for (_, prompt, responses), y in
              zip(data.encode(records, chat, s.max_prompt_length, s.max_length), own)]
@@ -355,9 +360,10 @@ def roles(trees, logps):
     return logps[chosen], logps[rejected], sampled
 
 
-def optimism_alone(_, __, policy_sampled, ___, ____, ref_sampled, *, alpha, beta, optimism):
+def optimism_alone(chosen, rejected, sampled, ref_chosen, ref_rejected, ref_sampled, *, alpha, beta,
+                   optimism):
     """The loss without its DPO part."""
-    return selm.OPTIMISM[optimism](policy_sampled, ref_sampled, alpha, beta), {}
+    return selm.OPTIMISM[optimism](sampled, ref_sampled, alpha, beta), {}
 
 
 def forward(policy, trees, plain_rows):
@@ -373,8 +379,8 @@ def clip(parameters, max_grad_norm):
 
 
 def lr_factor(update, updates):
-    """Linear warm-up over the first 10 % of the updates, then a cosine to 0; both restart each
-    iteration. DEVIATION: transformers' schedule wastes the first update on a rate of 0."""
+    """Linear warm-up over the first 10 % of the updates, then a cosine that would reach 0 one update
+    after the last; both restart each iteration. DEVIATION: transformers' schedule wastes the first update on a rate of 0."""
     warmup = math.ceil(0.1 * updates)
     if update < warmup:
         return (update + 1) / warmup

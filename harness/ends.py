@@ -17,7 +17,7 @@ OUT_OF_MEMORY = (". Finished phases are kept: lower --tokens-per-forward (traini
 
 def one_line(error):
     """Without control characters: an error may quote a stranger's file, and steer no terminal."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return "".join(character for character in line if character.isprintable())
 
 

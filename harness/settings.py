@@ -1,7 +1,7 @@
 """What a run is told: recipes, the command line, and the checks that need no file.
 
 A recipe is a dictionary of settings; flags replace single ones. `read(argv)` returns a frozen
-`Settings`; what belongs together comes out of it as a small group (`settings.sampling`, ...), and
+`Settings`; what belongs together comes out of it as a small group (`settings.batching`, ...), and
 `settings.at(k)` is what iteration k uses. Imports nothing local.
 
 Test: pytest tests/test_settings.py.
@@ -180,7 +180,7 @@ FLAGS = {
         "chat-template": dict(metavar="FILE", help="Jinja chat template, for a model without one"),
         "run-dir": dict(help="where everything goes (runs/NAME)")},
     "the method": {
-        "alpha": dict(type=float, help="optimism; 0 is iterative DPO; paper: 5e-3 .. 1e-4"),
+        "alpha": dict(type=float, help="optimism; 0 is iterative DPO; the paper: 1e-3 or 1e-4, out of 5e-3 .. 1e-4"),
         "beta": dict(type=float, help="strength of the KL anchor; paper: 0.01"),
         "optimism": dict(choices=["selm", "xpo", "popo"], default="selm", help="the term that "
                          "alpha scales: alpha beta r(y), r = log pi/pi_ref (SELM); alpha log pi(y) "

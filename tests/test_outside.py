@@ -35,7 +35,7 @@ def test_samples_of_another_engine_make_the_run_that_our_sampler_would_have_made
         command, tmp_path, monkeypatch):
     """A sample beside another prompt, a lost or second end token, an end behind what was cut off,
     prompts in other ids than those that are trained."""
-    monkeypatch.setattr(prepare.samplers, "choose_sampler", lambda *_: generate)
+    monkeypatch.setattr(prepare.architectures, "choose_sampler", lambda *_: generate)
     train_loop.main(command)
     there = [part.replace("/run", "/there") for part in command]
     for k in (1, 2):
