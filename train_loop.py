@@ -37,7 +37,7 @@ from tqdm import tqdm
 import data
 import rank
 import selm
-from harness import duel, outside, page, plots, prepare, report, rundir, scale, weights
+from harness import duel, outside, page, plots, prepare, report, rundir, scale, track, weights
 from harness import settings as flags
 from harness.evaluate import evaluation, ranking
 from harness.scale import PROCESS, PROCESSES, gather, say
@@ -72,7 +72,7 @@ def self_explore(run, start, settings):
         lessons = Lessons(pairs, policy if s.reference == "previous" else start.policy, s)
         lessons.reference = once(here / "reference.jsonl", reference_logps, pairs, lessons)
         # the SELM loss, one epoch; the new policy is the next reference
-        policy = once(here / "policy", train, policy, lessons, start.chat, run.log)
+        policy = once(here / "policy", train, policy, lessons, start.chat, run)
 
         evaluate(run, here, policy, start, s)
         run.log([{"iteration": k, "phase": "rank", **ranking(pairs, s.max_new_tokens)}])
@@ -166,7 +166,7 @@ def reference_logps(pairs, lessons):
                "logps": [logps.get(c) for c in range(len(row["candidates"]))]}
 
 
-def train(path, start, lessons, chat, log):
+def train(path, start, lessons, chat, run):
     """The updates of one iteration, from the policy `start` to a new one at `path`."""
     s, policy = lessons.s, lessons.policy(start)
     lessons.loaded = None, None  # from here on it is no reference any more
@@ -203,6 +203,7 @@ def train(path, start, lessons, chat, log):
         optimizer.zero_grad()
         history.append({"iteration": s.iteration, "phase": "train", "update": u, "lr": lr,
                         "grad_norm": norm, **metrics})
+        run.show(history[-1])
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
         if s.save_every and (u + 1) % s.save_every == 0 and u + 1 < len(batches):
             scale.try_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
@@ -210,7 +211,7 @@ def train(path, start, lessons, chat, log):
     if not scale.all_finite(parameters):
         raise FloatingPointError(f"iteration {s.iteration}: the last update left weights that are "
                                  "not finite; lower --lr. Nothing of this training is saved")
-    log(history)
+    run.log(history)
     weights.save_policy(policy, chat.tokenizer, path, chat.stop_ids, (
         weights.stored_dtype(start) if s.save_dtype == "start" else torch.float32))
     shutil.rmtree(state, ignore_errors=True)
@@ -431,7 +432,8 @@ def main(argv=None):
                 say(f"\n=== {name}, alpha {alpha:g}, seed {seed} -> {here}")
                 scale.only_first(rundir.claim, here, s.as_dict(), inputs.made_from)
                 start = start or prepare.make_start(inputs, s, rundir.Run(home))
-                self_explore(rundir.Run(here), start, s)
+                tracker = s.track and PROCESS == 0 and track.tracker(s.track, here, s.as_dict())
+                self_explore(rundir.Run(here, tracker), start, s)
                 arms.append((name, here))
         scale.only_first(finish, arms, settings)
     scale.stop()

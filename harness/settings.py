@@ -9,6 +9,7 @@ Test: pytest tests/test_settings.py.
 
 import argparse
 import hashlib
+import importlib.util
 import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
@@ -130,6 +131,7 @@ class Settings:
     save_every: int
     eval_prompts: int
     baseline: bool
+    track: str | None
     dry_run: bool
     fresh: bool
     variant: str | None  # of the toy world
@@ -241,6 +243,8 @@ FLAGS = {
                            "the paper's learning rates"),
         "eval-prompts": dict(type=int, help="held-out prompts for the evaluation; 0: none"),
         "baseline": dict(action=YES_OR_NO, help="also run alpha = 0 from the same start and seeds"),
+        "track": dict(choices=["trackio", "wandb", "tensorboard"], help="show the rows of "
+                      "metrics.jsonl, as they come, in one of these, if it is installed"),
         "dry-run": dict(action="store_true", help="print the plan and stop; loads no weights"),
         "fresh": dict(action="store_true", help="delete the run in --run-dir and start over")}}
 
@@ -346,6 +350,8 @@ def check(settings, own_data):
         (not settings.samples_from or "{k}" in settings.samples_from or settings.iterations == 1,
          "--samples-from: every iteration has its own samples; put {k}, its number, into the "
          "name"),
+        (not settings.track or importlib.util.find_spec(settings.track),
+         f"--track {settings.track}: it is not installed; pip install {settings.track}"),
         (not ("human" in (settings.ranker, settings.eval_ranker) and processes > 1),
          "--ranker human: judge in a single process"),
         (settings.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here")]
