@@ -25,7 +25,7 @@ def tracker(kind, folder, settings):
             writer.flush()
         return add
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    own = {"wandb": {"id": key, "dir": folder}, "trackio": {}}[kind]
+    own = {"wandb": {"id": key, "dir": folder, "reinit": "finish_previous"}, "trackio": {}}[kind]
     run = importlib.import_module(kind).init(
         project="selm", name=f"{folder.name} {key}", config=settings, resume="allow", **own)
     return lambda numbers, step: run.log(numbers, step=step)

@@ -17,7 +17,7 @@ def wandb(monkeypatch):
     module, told = ModuleType("wandb"), SimpleNamespace(runs=[], rows=[])
     module.__spec__ = SimpleNamespace()
 
-    def init(*, project, name, config, resume, id, dir):
+    def init(*, project, name, config, resume, id, dir, reinit):
         told.runs.append((project, id, resume))
         return SimpleNamespace(log=lambda numbers, step: told.rows.append((step, numbers)))
     module.init = init
