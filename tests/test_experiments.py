@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +54,18 @@ def test_the_quick_form_of_each_script_measures_draws_and_tabulates(script, pane
     assert panels < set(results) and results["seeds"] == [0, 1]
     assert (tmp_path / f"{script.__name__}.png").stat().st_size > 10_000
     assert capsys.readouterr().out.count("| --- |") >= 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_a_run_that_is_killed_anywhere_ends_in_the_files_of_one_that_was_not(tmp_path):
+    """A phase that a kill leaves half done and the next try takes for whole. Two kills here; the
+    script's own command makes more."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "experiments/kill_test.py"), "2", "--processes", "1",
+         "--seed", "1"], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == "2 kills, 2 identical"
+    assert len(set(re.findall(r"killed in (\S+),", result.stdout))) == 2
 
 
 def test_the_closed_form_is_that_of_two_vectors():
