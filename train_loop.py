@@ -167,7 +167,8 @@ def reference_logps(pairs, lessons):
 
 
 def train(path, start, lessons, chat, run):
-    """The updates of one iteration, from the policy `start` to a new one at `path`."""
+    """The updates of one iteration, from the policy `start` to a new one at `path`. SIGTERM ends it
+    between two of them, with a checkpoint for the same command to go on from."""
     s, policy = lessons.s, lessons.policy(start)
     lessons.loaded = None, None  # from here on it is no reference any more
     parameters = scale.trained(policy)
@@ -175,38 +176,26 @@ def train(path, start, lessons, chat, run):
                                   weight_decay=0.0, fused=True)
     batches = [batch for epoch in lessons.epochs for batch in epoch]
     state, history = path.with_name("state"), []
-    if s.save_every and (checkpoint := scale.newest_checkpoint(state)):
+    if checkpoint := scale.newest_checkpoint(state):
         history = scale.load_checkpoint(checkpoint, policy, optimizer)
         say(f"training goes on after update {len(history)} of {len(batches)}")
 
-    terms = dict(alpha=s.alpha, beta=s.beta, optimism=s.optimism)
     bar = tqdm(batches[len(history):], "train", unit="update", leave=False, disable=PROCESS > 0,
                initial=len(history), total=len(batches))
-    for u, batch in enumerate(bar, len(history)):
-        optimizer.param_groups[0]["lr"] = lr = s.lr * lr_factor(u, len(batches))
-        optimism_norm = None
-        if u == 0 and s.alpha > 0:  # once an iteration: how much of the gradient is the term's?
-            gradient(policy, lessons, batch, functools.partial(optimism_alone, **terms))
-            optimism_norm = clip(parameters, math.inf)
-            optimizer.zero_grad()
-        metrics, farthest = gradient(policy, lessons, batch,
-                                     functools.partial(selm.selm_loss, **terms))
-        if u == 0 and lessons.anchor == start:
-            check_update_zero(metrics["dpo_loss"], farthest, s.dtype)
-        norm = clip(parameters, s.max_grad_norm)
-        if optimism_norm and norm:
-            metrics["optimism_share"] = optimism_norm / norm
-        if not math.isfinite(metrics["loss"] + norm):
-            raise FloatingPointError(f"iteration {s.iteration}, update {u}: the loss or gradient "
-                                     "is not finite; lower --lr. Finished phases are kept")
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append({"iteration": s.iteration, "phase": "train", "update": u, "lr": lr,
-                        "grad_norm": norm, **metrics})
-        run.show(history[-1])
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
-        if s.save_every and (u + 1) % s.save_every == 0 and u + 1 < len(batches):
-            scale.try_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
+    with ends.sigterm_waits() as asked:
+        for u, batch in enumerate(bar, len(history)):
+            optimizer.param_groups[0]["lr"] = lr = s.lr * lr_factor(u, len(batches))
+            metrics = update(policy, optimizer, lessons, batch, u, start)
+            history.append({"iteration": s.iteration, "phase": "train", "update": u, "lr": lr,
+                            **metrics})
+            run.show(history[-1])
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
+            if any(gather(bool(asked))):
+                scale.save_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
+                raise ends.Terminated(f"the same command goes on after update {u + 1} of "
+                                      f"{len(batches)} of iteration {s.iteration}")
+            if s.save_every and (u + 1) % s.save_every == 0 and u + 1 < len(batches):
+                scale.try_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
 
     if not scale.all_finite(parameters):
         raise FloatingPointError(f"iteration {s.iteration}: the last update left weights that are "
@@ -319,6 +308,29 @@ class Lessons:
             torch.manual_seed(stream(self.s.seed, self.s.iteration))
             self.loaded = path, weights.load_policy(path, self.s.compute)
         return self.loaded[1]
+
+
+def update(policy, optimizer, lessons, batch, u, start):
+    """Update number u of a training that began at the policy `start` -> its mean metrics, and the
+    gradient's norm before it was clipped. FloatingPointError where it is not finite."""
+    s, parameters = lessons.s, optimizer.param_groups[0]["params"]
+    terms, optimism_norm = dict(alpha=s.alpha, beta=s.beta, optimism=s.optimism), None
+    if u == 0 and s.alpha > 0:  # once an iteration: how much of the gradient is the term's?
+        gradient(policy, lessons, batch, functools.partial(optimism_alone, **terms))
+        optimism_norm = clip(parameters, math.inf)
+        optimizer.zero_grad()
+    metrics, farthest = gradient(policy, lessons, batch, functools.partial(selm.selm_loss, **terms))
+    if u == 0 and lessons.anchor == start:
+        check_update_zero(metrics["dpo_loss"], farthest, s.dtype)
+    norm = clip(parameters, s.max_grad_norm)
+    if optimism_norm and norm:
+        metrics["optimism_share"] = optimism_norm / norm
+    if not math.isfinite(metrics["loss"] + norm):
+        raise FloatingPointError(f"iteration {s.iteration}, update {u}: the loss or gradient "
+                                 "is not finite; lower --lr. Finished phases are kept")
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"grad_norm": norm, **metrics}
 
 
 def gradient(policy, lessons, batch, loss):

@@ -2,8 +2,11 @@
 
 import json
 import math
+import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +83,18 @@ def test_greedy_answers_are_compared_with_sampled_ones_of_the_same_prompts(short
     greedy, sampled, difference, beaten = numbers
     assert (greedy, difference) == (0, -sampled) and 0 < sampled < 1
     assert beaten == pytest.approx(sampled + (1 - sampled) / 2, abs=4e-3)  # two decimals
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_a_run_that_is_killed_anywhere_ends_in_the_files_of_one_that_was_not(tmp_path):
+    """A phase that a kill leaves half done and the next try takes for whole. Two kills here; the
+    script's own command makes more."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "experiments/kill_test.py"), "2", "--processes", "1",
+         "--seed", "1"], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == "2 kills, 2 identical"
+    assert len(set(re.findall(r"killed in (\S+),", result.stdout))) == 2
 
 
 def test_the_closed_form_is_that_of_two_vectors():
