@@ -1,4 +1,4 @@
-"""Preference records, disjoint portions, chat templates to ids, packing into micro-batches.
+"""Preference records to ids, trees of responses, batches, packing into micro-batches.
 
 One row a prompt. A prompt x and its K distinct responses form a tree, laid out in one line:
 
@@ -14,8 +14,9 @@ the roles (chosen, rejected, sampled) are indices into them, so no text is ever 
 Which token predicts which: the logits at position i are about token i + 1. The first token of every
 response is predicted by the LAST PROMPT token, the others by the token before them.
 
-Leaves files and their faults to harness/rows.py, models to model.py, sampling to sample.py, ranking
-to rank.py, the loss to selm.py.
+Replaces textbook.py's `tokenise` and the padding of its `logps`. Leaves files and portions to
+harness/rows.py, chat templates to harness/template.py, models to model.py, sampling to sample.py,
+ranking to rank.py, the loss to selm.py.
 Test: pytest tests/test_data.py tests/test_templates.py.    Read next: model.py.
 
 Legend: B prompts, K distinct responses of one, R responses of all, T tokens of a micro-batch,
@@ -29,54 +30,7 @@ from typing import NamedTuple
 import torch
 
 # ----------------------------------------------------------------------------------------------
-# 1. Preference records {"prompt_id", "prompt": messages, "data_chosen", "data_rejected"} (strings)
-# ----------------------------------------------------------------------------------------------
-
-
-def split_portions(records, portions, limit=None, seed=0):
-    """`portions` disjoint lists of records, shuffled by `seed`: no two share a prompt.
-
-    A prompt takes all its pairs along. Portions hold equally many records where whole prompts allow
-    it, at most `limit` (what is over is left out), and so is what no portion has room for.
-    """
-    shuffled, groups = random.Random(seed).sample(records, len(records)), by_prompt(records)
-    if len(groups) < portions:
-        raise ValueError(f"{len(records)} preference rows of {len(groups)} prompts cannot be split "
-                         f"into {portions} iterations")
-    # A prompt waits where its first record fell. Were it where any of its records comes up first,
-    # prompts with many pairs would crowd into the early portions.
-    waiting = [key for record in shuffled if record is groups[key := prompt_key(record)][0]]
-    share, limit, result = len(records) // portions, limit or len(records), []
-    waiting.sort(key=lambda key: len(groups[key]) <= share)  # what exceeds a share has it alone
-    for left in range(portions, 0, -1):
-        room = min(share, sum(len(groups[key]) for key in waiting) // left)
-        most = min(limit, len(waiting) - (left - 1))  # prompts: one at least for each that follows
-        taken, size = set(), 0
-        for key in waiting:
-            if len(taken) < most and (not taken or size + len(groups[key]) <= room):
-                taken.add(key)
-                size += len(groups[key])
-        waiting = [key for key in waiting if key not in taken]
-        result.append([record for record in shuffled if prompt_key(record) in taken][:limit])
-    return result
-
-
-def by_prompt(records):
-    """{prompt_key: its records}, both in order of appearance."""
-    groups = {}
-    for record in records:
-        groups.setdefault(prompt_key(record), []).append(record)
-    return groups
-
-
-def prompt_key(record):
-    """Who says what, without outer spaces. NOT prompt_id: real files give one prompt many ids, and
-    one id to all, and portions that are disjoint by id alone train twice on one prompt."""
-    return tuple((turn["role"], turn["content"].strip()) for turn in record["prompt"])
-
-
-# ----------------------------------------------------------------------------------------------
-# 2. A record's candidates, as ids
+# 1. A record {"prompt_id", "prompt": messages, "data_chosen", "data_rejected"} (strings) to ids
 # ----------------------------------------------------------------------------------------------
 
 
@@ -117,7 +71,7 @@ def make_row(record, prompt_ids, responses, chat):
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. Trees: the candidates that the loss needs, and their roles
+# 2. Trees: the candidates that the loss needs, and their roles
 # ----------------------------------------------------------------------------------------------
 
 
@@ -130,7 +84,7 @@ class Tree:
     rejected: int
     sampled: list  # the fresh samples: several with --responses-per-prompt, none for plain DPO
     ref_logps: list = field(default_factory=list)  # one a response, nats, once they are known
-    candidates: list = field(default_factory=list)  # the responses' places in pairs.jsonl's row
+    candidate_indices: list = field(default_factory=list)  # of the responses, in pairs.jsonl's row
     prompt_id: str = ""
 
     @property
@@ -159,7 +113,7 @@ def make_tree(row, alpha, logps=None):
 
 
 # ----------------------------------------------------------------------------------------------
-# 4. Batches and micro-batches
+# 3. Batches and micro-batches
 # ----------------------------------------------------------------------------------------------
 
 
@@ -227,7 +181,7 @@ def plan_plain_rows(sizes, tokens_per_forward):
 
 
 # ----------------------------------------------------------------------------------------------
-# 5. Packing a micro-batch
+# 4. Packing a micro-batch
 # ----------------------------------------------------------------------------------------------
 
 

@@ -9,15 +9,17 @@ The architecture is transformers' own, unmodified. Ours is what happens around i
     tokens to selm.token_logps, so (tokens, vocabulary) logits never exist.
   - There is no reference model. At the start of an iteration the reference IS the policy: the same
     forward, under no_grad, before the first update, gives its log-probs once and for all. Same code
-    and dtype, so the loss of step 0 is ln 2 to the last digits; train_loop.py asserts it.
+    and dtype, so the loss of step 0 is ln 2 up to rounding; train_loop.py refuses more.
   - A policy never enters training mode. DPO compares two passes over the same text, and dropout or
     a router's noise would put a difference between them that no update made.
 
-Not every architecture can be packed. `self_check` compares our numbers with the model's own before
-a run; --plain-rows then leaves everything (mask, positions, attention, head) to transformers.
+Not every architecture can be packed. harness/architectures.py compares our numbers with the
+model's own before a run; --plain-rows then leaves everything (mask, positions, attention, head) to
+transformers.
 
-Leaves the loss to selm.py, the optimiser to train_loop.py, generation to sample.py, loading and
-saving to harness/weights.py, processes and LoRA to harness/scale.py.
+Replaces textbook.py's `logps` and its deep-copied reference. Leaves the loss to selm.py, the
+optimiser to train_loop.py, generation to sample.py, loading and saving to harness/weights.py,
+processes and LoRA to harness/scale.py.
 Test: pytest tests/test_model.py tests/test_architectures.py.    Read next: sample.py.
 
 Legend: R responses, T tokens of a micro-batch, N response tokens, V vocabulary, H hidden size,
@@ -25,7 +27,6 @@ A attention heads, D size of one head.
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -162,7 +163,7 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
     window = sliding_window if sliding_window and sliding_window < tree_layout.longest else None
 
     def attend(q, k, v):
-        """Of the last n of m tokens in a row, to all before them: (1, A, n, D) -> (1, n, A, D)."""
+        """Queries of the last n of m tokens attend causally to the m: -> (1, n, A, D)."""
         mask = (causal_lower_right if window is None else partial(_causal_window, window, q.device))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q.shape[2], k.shape[2]),
                                               scale=scaling, enable_gqa=True).transpose(1, 2)
@@ -189,67 +190,3 @@ def _causal_window(window, device, n, m):
 
 AttentionInterface.register("selm_tree", tree_attention)
 AttentionMaskInterface.register("selm_tree", sdpa_mask)
-
-# ----------------------------------------------------------------------------------------------
-# 3. Is it right for this architecture?
-# ----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def self_check(policy, make_batch, trees, max_length=0, packed=True):
-    """Compares our log-probs with the model's own logits under eager attention, one response at a
-    time. Returns the largest difference in nats; ValueError if it is more than rounding.
-
-    Some architectures ignore position_ids, mix tokens outside attention (Mamba), keep a window in
-    the mask that we never build, or scale their logits (Granite, Cohere); log-probs would then be
-    wrong without a sign. make_batch: data.pack, or data.pad for packed=False. trees: a few short
-    ones; one that outgrows every attention window is added, so a short row is also seen beside a
-    long one. Runs in the weights' dtype, without autocast, before sharding.
-    """
-    model, prompt = policy.causal_lm, trees[0].prompt_ids
-    attention, autocast_dtype = model.config._attn_implementation, policy.autocast_dtype
-    advice = "use --plain-rows" if packed else "this architecture is not supported"
-    length = min(probe_length(model.config, max_length), max_length - len(trees[0].responses[0]))
-    if length > len(prompt):
-        trees = [*trees, replace(trees[0], prompt_ids=(prompt * length)[:length])]
-    rows = [(tree.prompt_ids, response) for tree in trees for response in tree.responses]
-    try:
-        policy.autocast_dtype = None
-        logps = policy(make_batch(trees).to(model.device))  # (R,)
-        model.set_attn_implementation("eager")  # knows every architecture's caps, sinks and windows
-        expected = torch.stack([_alone(model, *row) for row in rows])
-    except Exception as reason:  # whatever a library may raise
-        raise ValueError(f"{type(model).__name__} cannot run our forward pass "
-                         f"({first_line(reason)}); {advice}") from None
-    finally:
-        policy.autocast_dtype = autocast_dtype
-        model.set_attn_implementation(attention)
-    error = (logps - expected).abs().max().item()
-    tolerance = (1e-4 if model.dtype == torch.float32 else 0.05) * max(len(y) for _, y in rows)
-    if not error <= tolerance:  # also catches NaN
-        raise ValueError(f"{type(model).__name__}: our log-probs and the model's differ by "
-                         f"{error:.2g} nats (at most {tolerance:.2g} is rounding); {advice}")
-    return error
-
-
-def _alone(model, prompt_ids, response):
-    """log pi(y|x), a scalar, by one forward pass of the unmodified model over one row."""
-    ids, n = torch.tensor([prompt_ids + response], device=model.device), len(response)
-    lm_logits = model(ids, use_cache=False).logits[0, -n - 1:-1].float()  # (n, V)
-    return lm_logits.log_softmax(-1).gather(1, ids[0, -n:, None]).sum()
-
-
-def probe_length(config, max_length):
-    """Tokens of a row that outgrows every attention window which a row of max_length can outgrow.
-
-    Windows have many names (sliding_window, window_size, attention_chunk_size); a number that is
-    taken for one by mistake only makes the row longer than it need be.
-    """
-    windows = [value for name, value in config.get_text_config().to_dict().items()
-               if ("window" in name or "chunk" in name) and isinstance(value, int)]
-    return min(16 + max((w for w in windows if w < max_length), default=0), max_length)
-
-
-def first_line(error):
-    """What a library's page-long error says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

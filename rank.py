@@ -8,18 +8,19 @@ takes its last hidden states h at the three markers, and puts each candidate thr
 
     s1 = head([h_source; h_candidate1])    s2 = head([h_source; h_candidate2])    M = mean(s1 - s2)
 
-M > 0: the first is better. It is not antisymmetric (the model prefers sides), so every ordered pair
-is asked, n(n-1) of them, and the score of candidate i is  mean_j (M[i, j] - M[j, i]).  The scores
-compare candidates of ONE prompt; between prompts they mean nothing. Algorithm 1 of SELM only takes
-the best and the worst of {y, y_w, y_l} from them, as chosen and rejected (`choose_pair`).
+(the mean over the head's outputs; PairRM has one). M > 0: the first is better. It is not
+antisymmetric (the model prefers sides), so every ordered pair is asked, n(n-1) of them, and the
+score of candidate i is  mean_j (M[i, j] - M[j, i]).  The scores compare candidates of ONE prompt;
+between prompts they mean nothing. Algorithm 1 of SELM only takes the best and the worst of
+{y, y_w, y_l} from them, as chosen and rejected (`choose_pair`).
 
 llm-blender 0.0.2 batches in arrival order and cuts a text by what else is in its batch. Here all
 pairs of all prompts stand in one queue sorted by length, each example is cut by itself, identical
 candidates are never compared, and attention moves half the memory (`disentangled_attention`). That
 the numbers are llm-blender's own is what tests/test_rank.py shows, on the same weights.
 
-Leaves to others: loading its weights, reward models, your own function, you, and the command line
-below (harness/judges.py); the loss (selm.py).
+Replaces textbook.py's `rank`. Leaves to others: loading its weights, reward models, your own
+function, you, and the command line below (harness/judges.py); the loss (selm.py).
 
     python rank.py --input candidates.jsonl --ranker pairrm --output ranked.jsonl
 Test: pytest tests/test_rank.py.   Speed: experiments/benchmark_rank.py.   Next: train_loop.py.

@@ -3,15 +3,16 @@
 A batch is as slow as its longest response. `model.generate` on 4 prompts at a time (each letter is
 one token of one response, '.' is work on a row that has long ended):
 
-    row 1  a a a a a a a a   e e e . . . . .         slot 1  a a a a a a a a h h
-    row 2  b b . . . . . .   f f f f f f f f         slot 2  b b f f f f f f f f
+    row 1  a a a a a a a a   f f f f f f f f         slot 1  a a a a a a a a
+    row 2  b b . . . . . .   e e e . . . . .         slot 2  b b f f f f f f f f
     row 3  c c c c . . . .   g . . . . . . .         slot 3  c c c c e e e
-    row 4  d d d d d . . .   h h . . . . . .         slot 4  d d d d d g
+    row 4  d d d d d . . .   h h . . . . . .         slot 4  d d d d d g h h
            time ------->  16 steps                          time ------->  10 steps
 
 SELM samples one response for each of thousands of prompts, and their lengths differ tenfold, so:
 
-  - A SLOT is one row of the KV cache. The moment its response ends, the slot takes the next prompt.
+  - A SLOT is one row of the KV cache. When its response ends it takes the next prompt, as soon as
+    enough slots are free to be worth a prefill (one of 16; see `generate`).
   - Live slots are always the first n rows: when a slot ends and no prompt waits, the last row moves
     into the hole. Every step computes n rows and no dead one, also in the tail.
   - Each slot is at its own position, so nothing is padded to the left. `SlotCache` writes each
@@ -25,8 +26,9 @@ A sample depends on its prompt and its seed alone, not on the slots, the other p
 of processes: each prompt has its own stream of uniform numbers, one for each token. (But another
 number of rows may sum a matrix product in another order, and rounding can tip a near tie.)
 
-Leaves chat templates to data.py, loading to model.py, and to harness/samplers.py the question of
-whether slots are right for an architecture (a few need another attention, some another sampler).
+Replaces textbook.py's `sample`. Leaves templates to harness/template.py, loading to
+harness/weights.py, and to harness/architectures.py the question of whether slots are right for an
+architecture (a few need another attention, some another sampler).
 Run:  python sample.py --model runs/toy/iter_3/policy --prompt "describe the fox"
 Test: pytest tests/test_sample.py.    Read next: rank.py.
 
@@ -156,7 +158,7 @@ def step_mask(config, positions, length, dtype):
     kinds = set(getattr(config, "layer_types", None) or ())
     if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
         raise ValueError("slots need layers whose attention takes a mask, not "
-                         f"{', '.join(unknown)}; harness.samplers.choose_sampler finds another way")
+                         f"{', '.join(unknown)}; harness.architectures.choose_sampler finds another way")
     if not kinds:  # Llama has no window; Mistral and Phi-3 have one for all layers, or None
         return mask(window)
     masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
@@ -212,9 +214,10 @@ def generate(model, prompt_ids, *, stop_ids, max_new_tokens, slots=16, temperatu
     waiting = make_slots(model.config, prompt_ids, max_new_tokens, seeds)
     check_settings(slots, temperature, top_p)
     slots, longest = min(slots, len(waiting)), max(slot.limit for slot in waiting)
-    # When to refill? A prefill has the fixed cost of about one step, however few prompts are in it;
-    # a waiting slot wastes 1/slots of each step. When slots / L of them end in a step (L: length of
-    # a response), waiting until k are free costs least at k = slots * sqrt(2 / L): 1 or 2 of 16.
+    # When to refill? A prefill costs about one step, however few prompts are in it; a free slot
+    # wastes 1/slots of each step; slots / L of them end in a step (L: length of a response). Until
+    # k are free, a prompt costs 1/k of a prefill and k L / (2 slots^2) steps of idling: least at
+    # k = slots * sqrt(2 / L).
     refill_at = max(1, min(slots, round(slots * (2 / longest) ** 0.5)))
     cache = SlotCache(slots, max(slot.position + 1 + slot.limit for slot in waiting))
     live, responses, was_training = [], [None] * len(prompt_ids), model.training

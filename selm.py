@@ -3,11 +3,11 @@
 Self-Exploring Language Models (SELM), arXiv 2405.19332 v3. The derivation:
 
   1. Bradley-Terry: P(y_w beats y_l | x) = sigmoid(r(x, y_w) - r(x, y_l)); L(r; D) is its negative
-     log-likelihood on the preferences D seen so far. Many rewards fit D about equally well.
-  2. Among them, prefer the one that promises most somewhere the policy may still go (a bilevel
+     log-likelihood on the preferences D. Many rewards fit D about equally well.
+  2. Among them, take the one under which the best policy gains most over pi_ref (a bilevel
      objective):
          max_r  -L(r; D) + alpha * max_pi { E[r(x, y) - r(x, y')] - beta * KL(pi || pi_ref) }
-     with y ~ pi, y' ~ pi_ref: a reward is optimistic where a better answer than y' could hide.
+     with y ~ pi, y' ~ pi_ref: optimism about answers that D says little of.
   3. For a fixed r the inner maximum is the usual KL-regularised one: its solution is
          pi_r(y|x) = pi_ref(y|x) * exp(r(x, y) / beta) / Z_r(x),
      and its value is  E_x[ beta * log Z_r(x) - E_{y' ~ pi_ref} r(x, y') ].
@@ -16,8 +16,13 @@ Self-Exploring Language Models (SELM), arXiv 2405.19332 v3. The derivation:
          min_pi  L_DPO(pi; D) + alpha * beta * E_{y' ~ pi_ref}[log pi(y'|x) - log pi_ref(y'|x)].
      (r has lost a shift that depends on x alone; it cancels in 1 and in r(x, y) - r(x, y').)
   5. What is left (Eq. 4.2): DPO, plus a term that pushes DOWN the log-prob of the reference's own
-     samples y'. It is -alpha * beta * KL(pi_ref || pi): mass leaves what the model already says,
-     and the DPO term decides where it goes. alpha = 0 is (iterative) DPO.
+     samples y'. alpha = 0 is (iterative) DPO.
+
+What Algorithm 1 makes of it is a heuristic: pi_ref moves on with every iteration, D is that
+iteration's portion alone, and the authors' y' is the GREEDY answer. With y' ~ pi_ref the term's
+mean is -alpha * beta * KL(pi_ref || pi), whose gradient is zero at pi = pi_ref, where each iteration
+starts; with the greedy y' mass leaves the mode from the first update on. What that is good for is
+not derived, but measured: README, "What optimism does".
 
 A log-prob of a response is the SUM over its tokens of log softmax(lm_logits)[token], in fp32. With
 a vocabulary of 128k, the (N, V) logits are by far the largest tensor of preference training, and
@@ -191,8 +196,8 @@ def dpo_losses(policy_chosen_logps, policy_rejected_logps,
     """
     policy_logratios = policy_chosen_logps - policy_rejected_logps  # (B,)
     ref_logratios = ref_chosen_logps - ref_rejected_logps  # (B,)
-    logits = policy_logratios - ref_logratios  # (B,) the margin, in nats
-    return -F.logsigmoid(beta * logits)
+    margin = policy_logratios - ref_logratios  # (B,) in nats
+    return -F.logsigmoid(beta * margin)
 
 
 def selm_loss(policy_chosen_logps, policy_rejected_logps, policy_sampled_logps,
@@ -221,7 +226,7 @@ def selm_loss(policy_chosen_logps, policy_rejected_logps, policy_sampled_logps,
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
     metrics |= {"loss": losses,
                 "chosen_reward": chosen_rewards, "rejected_reward": rejected_rewards,
-                "margin": chosen_rewards - rejected_rewards,
+                "reward_margin": chosen_rewards - rejected_rewards,
                 # A tie is half right: at step 0 the accuracy is 0.5, not 0.
                 "accuracy": (chosen_rewards > rejected_rewards).float()
                             + 0.5 * (chosen_rewards == rejected_rewards).float()}

@@ -16,12 +16,12 @@ that can say which of several answers is best. Algorithm 1 of the paper:
 
 The first term is DPO (arXiv 2305.18290): make chosen more likely than rejected, measured against
 pi_ref. The second is what SELM adds: push DOWN what the model already says by habit, so that
-probability moves to answers that it has not tried; the first term decides to which of them.
-alpha = 0 is iterative DPO, the honest comparison.
+probability moves to answers that it has not tried. alpha = 0 is iterative DPO, the honest
+comparison.
 
 Everything is as plain as it can be: padded batches, full logits, a copy of the model as reference,
 `model.generate`. The other files compute the same numbers several times faster in a fraction of the
-memory; each says which lines of this one it replaces. A test runs both and compares them.
+memory; each says what of this one it replaces. A test runs both and compares them.
 
     python textbook.py          SELM on the toy world (harness/toy.py), about a minute
 
@@ -48,10 +48,10 @@ def self_explore(policy, tokenizer, portions, judge, *, alpha, beta, lr, batch_s
         reference = copy.deepcopy(policy).requires_grad_(False)
         examples = []
         for record in portion:
-            prompt, candidates = tokenise(tokenizer, record)
-            candidates.append(sample(reference, prompt, max_new_tokens))
-            chosen, rejected = rank(tokenizer, judge, record["prompt"], candidates)
-            examples.append((prompt, chosen, rejected, candidates[2]))
+            prompt, y_w, y_l = tokenise(tokenizer, record)
+            y = sample(reference, prompt, max_new_tokens)
+            chosen, rejected = rank(tokenizer, judge, record["prompt"], [y_w, y_l, y])
+            examples.append((prompt, chosen, rejected, y))
         visits = (order or (lambda k, n: random.Random(k).sample(range(n), n)))(k, len(examples))
         batches = [[examples[i] for i in visits[start:start + batch_size]]
                    for start in range(0, len(visits), batch_size)]
@@ -72,7 +72,7 @@ def tokenise(tokenizer, record):
     for text in (record["data_chosen"], record["data_rejected"]):
         answer = ids([*record["prompt"], {"role": "assistant", "content": text}])[len(prompt):]
         answers.append(answer[:answer.index(tokenizer.eos_token_id) + 1])
-    return prompt, answers
+    return prompt, *answers
 
 
 @torch.no_grad()
@@ -85,7 +85,8 @@ def sample(model, prompt, max_new_tokens):
 
 
 def rank(tokenizer, judge, messages, candidates):
-    """(ids of the best candidate, ids of the worst one)."""
+    """(ids of the best candidate, ids of the worst one). Of equals the first: rank.py lets a hash
+    decide, and drops a pair of equals, so the two loops agree where no scores tie."""
     texts = tokenizer.batch_decode(candidates, skip_special_tokens=True)
     [scores] = judge([messages], [texts])
     by_score = lambda i: scores[i]  # noqa: E731
@@ -117,7 +118,8 @@ def loss(policy, reference, batch, alpha, beta):
         ref_sampled = logps(reference, x, y)
     margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # (B,) 0 at the start
     dpo = -F.logsigmoid(beta * margin)  # (B,) ln 2 at the start
-    optimism = alpha * beta * (policy_sampled - ref_sampled)  # (B,) to minimise: y goes DOWN
+    # To minimise: y goes DOWN. There is no lower bound, so the loss may fall below 0.
+    optimism = alpha * beta * (policy_sampled - ref_sampled)  # (B,)
     return (dpo + optimism).mean()
 
 
@@ -132,7 +134,8 @@ def update(policy, reference, optimizer, batch, alpha, beta, max_grad_norm):
 
 
 def lr_factor(step, steps):
-    """Linear warm-up over the first tenth of the steps, then a cosine to 0."""
+    """Linear warm-up over the first tenth of the steps, then a cosine that would reach 0 one step
+    after the last."""
     warmup = math.ceil(0.1 * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -150,6 +153,7 @@ if __name__ == "__main__":
         reward = toy.true_measures(policy, start, tokenizer, test_prompts)["reward"]
         print(f"{name}: true reward {reward:.3f}")
     report("start")
+    # A tiny model: Adam's large eps keeps its steps proportional to the gradient.
     for k, (examples, losses) in enumerate(self_explore(
             policy, tokenizer, portions, judge, alpha=0.3, beta=1.0, lr=[6e-3] * 3, batch_size=32,
             max_new_tokens=8, adam=dict(betas=(0.9, 0.95), eps=0.1), max_grad_norm=math.inf), 1):

@@ -2,7 +2,7 @@
 
 This is textbook.py's `self_explore`, and computes its numbers (tests/test_textbook.py). What it
 deleted: the reference model (its log-probs are numbers on disk), the padding, the logits, the
-second and the third forward pass. What it added: every phase goes from files to a file, so that a
+second forward pass of the policy (y shares one with the pair). What it added: every phase goes from files to a file, so that a
 run which is killed goes on behind its last finished row, on one process or many.
 
     1  Algorithm 1                              3  One update
@@ -37,7 +37,7 @@ from tqdm import tqdm
 import data
 import rank
 import selm
-from harness import duel, page, plots, prepare, report, rundir, scale, weights
+from harness import duel, outside, page, plots, prepare, report, rundir, scale, track, weights
 from harness import settings as flags
 from harness.evaluate import evaluation, ranking
 from harness.scale import PROCESS, PROCESSES, gather, say
@@ -52,22 +52,27 @@ CHUNK = 1024  # prompts that are sampled, tokenised and judged together
 
 
 def self_explore(run, start, settings):
-    """All iterations of one arm (one alpha, one seed). `once(path, phase, ...)` reads what a phase
-    has left at `path`, or runs it: rundir.Run."""
-    once, policy = run.once, start.policy
+    """All iterations of one arm (one alpha, one seed).
+
+    once(path, phase, items, ...): reads what is finished at `path`. Else phase(items, ...), a
+    generator, yields a row for each item, and the .jsonl file comes back as rundir.Rows (a list on
+    disk; rows.of(prompt_id)). Where `path` is a folder, phase(path, ...) writes it.
+    """
+    once, policy = run.once, start.policy  # a policy is a PATH here and in section 2
     evaluate(run, start.run.folder / "start", policy, start, settings.at(settings.first - 1))
     for k, portion in enumerate(start.portions, settings.first):
         here, s = run.folder / f"iter_{k}", settings.at(k)
 
         # y ~ pi(.|x), then the best and the worst of {y, y_w, y_l}
-        draw = sample_responses if s.pairs == "data" else sample_of_two
+        draw = (outside.samples if s.samples_from else
+                sample_responses if s.pairs == "data" else sample_of_two)
         samples = once(here / "samples.jsonl", draw, portion, policy, start, s)
         pairs = once(here / "pairs.jsonl", rank_candidates, portion, samples, start, s)
         # log pi_ref of every response that the loss needs, before the first update
         lessons = Lessons(pairs, policy if s.reference == "previous" else start.policy, s)
         lessons.reference = once(here / "reference.jsonl", reference_logps, pairs, lessons)
         # the SELM loss, one epoch; the new policy is the next reference
-        policy = once(here / "policy", train, policy, lessons, start.chat, run.log)
+        policy = once(here / "policy", train, policy, lessons, start.chat, run)
 
         evaluate(run, here, policy, start, s)
         run.log([{"iteration": k, "phase": "rank", **ranking(pairs, s.max_new_tokens)}])
@@ -106,7 +111,8 @@ def sample_responses(records, policy, start, s):
 def sample_of_two(records, policy, start, s):
     """--pairs reference: of each record the policy's sample, then one of the first model."""
     records, again = itertools.tee(records)
-    other = replace(s, iteration=f"{s.iteration}, reference")  # a random stream of its own
+    # `iteration` only chooses the random stream there: one of its own.
+    other = replace(s, iteration=f"{s.iteration}, reference")
     for row, its in zip(sample_responses(records, policy, start, s),
                         sample_responses(again, start.policy, start, other)):
         yield {**row, "samples": row["samples"] + its["samples"]}
@@ -148,11 +154,11 @@ def reference_logps(pairs, lessons):
     for batch in tqdm(lessons.epochs[0], "reference", unit="batch", leave=False,
                       disable=PROCESS > 0):
         for micro_batch in batch.micro_batches:
-            trees = lessons.trees(micro_batch or [0])
+            trees = lessons.trees(micro_batch or [0])  # [] where another process has one more
             logps = forward(policy, trees, lessons.s.plain_rows).tolist()
             for tree in trees if micro_batch else []:
-                known[tree.prompt_id] = dict(zip(tree.candidates, logps))
-                logps = logps[len(tree.candidates):]
+                known[tree.prompt_id] = dict(zip(tree.candidate_indices, logps))
+                logps = logps[len(tree.candidate_indices):]
     known = {prompt_id: row for share in gather(known) for prompt_id, row in share.items()}
     for row in pairs:
         logps = known.get(row["prompt_id"], {})
@@ -160,8 +166,9 @@ def reference_logps(pairs, lessons):
                "logps": [logps.get(c) for c in range(len(row["candidates"]))]}
 
 
-def train(path, start, lessons, chat, log):
-    """The updates of one iteration, from the policy `start` to a new one at `path`."""
+def train(path, start, lessons, chat, run):
+    """The updates of one iteration, from the policy `start` to a new one at `path`. SIGTERM ends it
+    between two of them, with a checkpoint for the same command to go on from."""
     s, policy = lessons.s, lessons.policy(start)
     lessons.loaded = None, None  # from here on it is no reference any more
     parameters = scale.trained(policy)
@@ -169,42 +176,31 @@ def train(path, start, lessons, chat, log):
                                   weight_decay=0.0, fused=True)
     batches = [batch for epoch in lessons.epochs for batch in epoch]
     state, history = path.with_name("state"), []
-    if s.save_every and (checkpoint := scale.newest_checkpoint(state)):
+    if checkpoint := scale.newest_checkpoint(state):
         history = scale.load_checkpoint(checkpoint, policy, optimizer)
         say(f"training goes on after update {len(history)} of {len(batches)}")
 
-    terms = dict(alpha=s.alpha, beta=s.beta, optimism=s.optimism)
     bar = tqdm(batches[len(history):], "train", unit="update", leave=False, disable=PROCESS > 0,
                initial=len(history), total=len(batches))
-    for u, batch in enumerate(bar, len(history)):
-        optimizer.param_groups[0]["lr"] = lr = s.lr * lr_factor(u, len(batches))
-        optimism_norm = None
-        if u == 0 and s.alpha > 0:  # once an iteration: how much of the gradient is the term's?
-            gradient(policy, lessons, batch, functools.partial(optimism_alone, **terms))
-            optimism_norm = clip(parameters, math.inf)
-            optimizer.zero_grad()
-        metrics, farthest = gradient(policy, lessons, batch,
-                                     functools.partial(selm.selm_loss, **terms))
-        if u == 0 and lessons.anchor == start:
-            check_update_zero(metrics["dpo_loss"], farthest, s.dtype)
-        norm = clip(parameters, s.max_grad_norm)
-        if optimism_norm and norm:
-            metrics["optimism_share"] = optimism_norm / norm
-        if not math.isfinite(metrics["loss"] + norm):
-            raise FloatingPointError(f"iteration {s.iteration}, update {u}: the loss or gradient "
-                                     "is not finite; lower --lr. Finished phases are kept")
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append({"iteration": s.iteration, "phase": "train", "update": u, "lr": lr,
-                        "grad_norm": norm, **metrics})
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
-        if s.save_every and (u + 1) % s.save_every == 0 and u + 1 < len(batches):
-            scale.try_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
+    with ends.sigterm_waits() as asked:
+        for u, batch in enumerate(bar, len(history)):
+            optimizer.param_groups[0]["lr"] = lr = s.lr * lr_factor(u, len(batches))
+            metrics = update(policy, optimizer, lessons, batch, u, start)
+            history.append({"iteration": s.iteration, "phase": "train", "update": u, "lr": lr,
+                            **metrics})
+            run.show(history[-1])
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
+            if any(gather(bool(asked))):
+                scale.save_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
+                raise ends.Terminated(f"the same command goes on after update {u + 1} of "
+                                      f"{len(batches)} of iteration {s.iteration}")
+            if s.save_every and (u + 1) % s.save_every == 0 and u + 1 < len(batches):
+                scale.try_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
 
     if not scale.all_finite(parameters):
         raise FloatingPointError(f"iteration {s.iteration}: the last update left weights that are "
                                  "not finite; lower --lr. Nothing of this training is saved")
-    log(history)
+    run.log(history)
     weights.save_policy(policy, chat.tokenizer, path, chat.stop_ids, (
         weights.stored_dtype(start) if s.save_dtype == "start" else torch.float32))
     shutil.rmtree(state, ignore_errors=True)
@@ -231,7 +227,7 @@ def answer(records, policy, start, s, judge):
     responses; log-probs of all under this and the start policy. Where it is cheap, an answer at
     temperature 1 too, judged likewise."""
     records, chat = list(records), start.chat
-    s = replace(s, iteration="eval", responses_per_prompt=1)
+    s = replace(s, iteration="eval", responses_per_prompt=1)  # one random stream for all policies
     own = [row["samples"][0] for row in sample_responses(records, policy, start, s)]
     trees = [data.Tree(prompt, [*responses, y["ids"]], 0, 1, [2]) for (_, prompt, responses), y in
              zip(data.encode(records, chat, s.max_prompt_length, s.max_length), own)]
@@ -314,6 +310,29 @@ class Lessons:
         return self.loaded[1]
 
 
+def update(policy, optimizer, lessons, batch, u, start):
+    """Update number u of a training that began at the policy `start` -> its mean metrics, and the
+    gradient's norm before it was clipped. FloatingPointError where it is not finite."""
+    s, parameters = lessons.s, optimizer.param_groups[0]["params"]
+    terms, optimism_norm = dict(alpha=s.alpha, beta=s.beta, optimism=s.optimism), None
+    if u == 0 and s.alpha > 0:  # once an iteration: how much of the gradient is the term's?
+        gradient(policy, lessons, batch, functools.partial(optimism_alone, **terms))
+        optimism_norm = clip(parameters, math.inf)
+        optimizer.zero_grad()
+    metrics, farthest = gradient(policy, lessons, batch, functools.partial(selm.selm_loss, **terms))
+    if u == 0 and lessons.anchor == start:
+        check_update_zero(metrics["dpo_loss"], farthest, s.dtype)
+    norm = clip(parameters, s.max_grad_norm)
+    if optimism_norm and norm:
+        metrics["optimism_share"] = optimism_norm / norm
+    if not math.isfinite(metrics["loss"] + norm):
+        raise FloatingPointError(f"iteration {s.iteration}, update {u}: the loss or gradient "
+                                 "is not finite; lower --lr. Finished phases are kept")
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"grad_norm": norm, **metrics}
+
+
 def gradient(policy, lessons, batch, loss):
     """Adds up the gradient of one batch, by micro-batches -> its mean metrics, and how far the
     farthest log-prob is from its reference, in nats. loss: roles -> losses (B,), metrics."""
@@ -354,9 +373,10 @@ def roles(trees, logps):
     return logps[chosen], logps[rejected], sampled
 
 
-def optimism_alone(_, __, policy_sampled, ___, ____, ref_sampled, *, alpha, beta, optimism):
+def optimism_alone(chosen, rejected, sampled, ref_chosen, ref_rejected, ref_sampled, *, alpha, beta,
+                   optimism):
     """The loss without its DPO part."""
-    return selm.OPTIMISM[optimism](policy_sampled, ref_sampled, alpha, beta), {}
+    return selm.OPTIMISM[optimism](sampled, ref_sampled, alpha, beta), {}
 
 
 def forward(policy, trees, plain_rows):
@@ -372,8 +392,8 @@ def clip(parameters, max_grad_norm):
 
 
 def lr_factor(update, updates):
-    """Linear warm-up over the first 10 % of the updates, then a cosine to 0; both restart each
-    iteration. DEVIATION: transformers' schedule wastes the first update on a rate of 0."""
+    """Linear warm-up over the first 10 % of the updates, then a cosine that would reach 0 one update
+    after the last; both restart each iteration. DEVIATION: transformers' schedule wastes the first update on a rate of 0."""
     warmup = math.ceil(0.1 * updates)
     if update < warmup:
         return (update + 1) / warmup
@@ -424,7 +444,8 @@ def main(argv=None):
                 say(f"\n=== {name}, alpha {alpha:g}, seed {seed} -> {here}")
                 scale.only_first(rundir.claim, here, s.as_dict(), inputs.made_from)
                 start = start or prepare.make_start(inputs, s, rundir.Run(home))
-                self_explore(rundir.Run(here), start, s)
+                tracker = s.track and PROCESS == 0 and track.tracker(s.track, here, s.as_dict())
+                self_explore(rundir.Run(here, tracker), start, s)
                 arms.append((name, here))
         scale.only_first(finish, arms, settings)
     scale.stop()

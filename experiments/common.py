@@ -30,10 +30,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import data  # noqa: E402
 import sample  # noqa: E402
 import train_loop  # noqa: E402
-from harness import judges, prepare, rundir, settings, template, toy, weights  # noqa: E402
+from harness import judges, prepare, rows as preferences, rundir, settings, template, toy, weights  # noqa: E402
 from harness.evaluate import mean_interval  # noqa: E402
 
 SEEDS = range(10)  # named before the first run, used throughout, all reported
@@ -80,7 +79,7 @@ class World:
         judge = judges.load_judge("oracle", oracle=toy.oracle(variant))
         self.start = prepare.Start(
             rundir.Run(self.home), str(base), template.ChatFormat(tokenizer), sample.generate,
-            "selm_tree", judge, data.split_portions(records, iterations, rows, seed), [])
+            "selm_tree", judge, preferences.split_portions(records, iterations, rows, seed), [])
 
     def policies(self, folder, start=None, **changes):
         """Algorithm 1 with these changes of the toy's settings -> the policies' folders."""

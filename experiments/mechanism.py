@@ -4,6 +4,9 @@
     python experiments/mechanism.py --quick    seconds, no evidence; writes to runs/mechanism_quick/
     python experiments/mechanism.py --share MODEL iter_1/pairs.jsonl     question (c) for any model:
         a folder or .gguf file and the pairs that a run has made with it, one row at a time
+    python experiments/mechanism.py --habit MODEL DATA JUDGE     question (b) for any model: are its
+        greedy answers worse than its sampled ones? 48 prompts of DATA, 4 samples each, at most 112
+        tokens; JUDGE is what --ranker takes. SmolLM2 with real_model.py's judge: 4 CPU minutes
 
 The term is alpha beta log pi(y)/pi_ref(y), to be minimised (selm.py). Its gradient decides what it
 can do, and that depends on who y is. Three predictions, written down and committed before seeds
@@ -66,8 +69,9 @@ import torch  # noqa: E402
 from common import (MEASURES, SEEDS, World, cell, command, differences, draw_panels, errorbars,
                     jackknife, markdown, minus, plain_logs)
 
+import sample  # noqa: E402
 import textbook  # noqa: E402
-from harness import rundir, weights  # noqa: E402
+from harness import judges, rows as preferences, rundir, template, weights  # noqa: E402
 from harness.evaluate import mean_interval  # noqa: E402
 from harness.settings import stream  # noqa: E402
 
@@ -84,6 +88,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--share"]:
         return print(share_table(*argv[1:]))
+    if argv[:1] == ["--habit"]:
+        return print(habit_of(*argv[1:]))
     command(__file__, measure, draw, table, argv)
 
 
@@ -215,6 +221,32 @@ def share_table(model, pairs, rows=32):
         markdown(["alpha", "2 alpha ratio", "optimism_share"], lines),
         "alpha of a share of " + ", ".join(f"{share:g}: {share / unit:.2g}"
                                            for share in (1e-3, 0.1, 0.5))])
+
+
+def habit_of(model, data, judge, prompts=48, samples=4, limit=112):
+    """What --habit prints: the judge's mean score of greedy and of sampled answers, and how often a
+    sampled answer beats the greedy one. Prompts are shuffled by seed 0."""
+    chat = template.ChatFormat(template.load_tokenizer(model), weights.model_stop_ids(model))
+    records = {preferences.prompt_key(r): r for r in preferences.load_preferences(data)}
+    records = random.Random(0).sample(list(records.values()), min(int(prompts), len(records)))
+    lm, judge = weights.load_model(model), judges.load_judge(judge)
+    messages = [record["prompt"] for record in records]
+
+    def answers(temperature, count):
+        ids = [i for i in chat.prompts_ids(messages) for _ in range(count)]
+        ys = sample.generate(lm, ids, stop_ids=chat.stop_ids, max_new_tokens=limit, slots=16,
+                             temperature=temperature, seeds=list(range(len(ids))))
+        texts = list(map(chat.text, ys))
+        return [texts[i:i + count] for i in range(0, len(texts), count)]
+    scores = judge(messages, [a + b for a, b in zip(answers(0.0, 1), answers(1.0, samples))])
+    means = [(row[0], sum(row[1:]) / samples) for row in scores]
+    beaten = [sum((y > row[0]) + 0.5 * (y == row[0]) for y in row[1:]) / samples for row in scores]
+    lines = [("judge's score, greedy", [a for a, _ in means]),
+             (f"judge's score, {samples} samples at temperature 1", [b for _, b in means]),
+             ("greedy minus sampled", [a - b for a, b in means]),
+             ("a sampled answer beats the greedy one", beaten)]
+    return markdown([f"{len(records)} prompts", "mean ± 95 %"],
+                    [[name, cell(values, name.startswith("greedy"))] for name, values in lines])
 
 
 # ----------------------------------------------------------------------------------------------

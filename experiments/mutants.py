@@ -28,12 +28,12 @@ SELM, DATA, MODEL, SAMPLE, RANK, BOOK, LOOP = (f"tests/test_{name}.py" for name 
 MUTANTS = [
     # --- selm.py: the objective -----------------------------------------------------------------
     ("the reference's log-ratio is added", "selm.py",
-     "logits = policy_logratios - ref_logratios", "logits = policy_logratios + ref_logratios",
+     "margin = policy_logratios - ref_logratios", "margin = policy_logratios + ref_logratios",
      SELM),
     ("the DPO loss has its sign turned", "selm.py",
-     "return -F.logsigmoid(beta * logits)", "return -F.logsigmoid(-beta * logits)", SELM),
+     "return -F.logsigmoid(beta * margin)", "return -F.logsigmoid(-beta * margin)", SELM),
     ("beta is dropped from DPO", "selm.py",
-     "return -F.logsigmoid(beta * logits)", "return -F.logsigmoid(logits)", SELM),
+     "return -F.logsigmoid(beta * margin)", "return -F.logsigmoid(margin)", SELM),
     ("chosen and rejected are swapped in DPO", "selm.py",
      "policy_logratios = policy_chosen_logps - policy_rejected_logps",
      "policy_logratios = policy_rejected_logps - policy_chosen_logps", SELM),
@@ -130,7 +130,7 @@ MUTANTS = [
      "order = random.Random(seed).sample(range(len(sizes)), len(sizes))",
      "order = list(range(len(sizes)))", DATA),
     ("the token budget is a wish", "data.py", "if sizes[i].tokens <= space:", "if True:", DATA),
-    ("portions are disjoint by id, not by content", "data.py",
+    ("portions are disjoint by id, not by content", "harness/rows.py",
      'return tuple((turn["role"], turn["content"].strip()) for turn in record["prompt"])',
      'return record["prompt_id"]', DATA),
 
@@ -156,7 +156,7 @@ MUTANTS = [
      "attention_mask=None,", "tests/test_architectures.py"),
     ("bf16 is switched off", "model.py", "if self.autocast_dtype else nullcontext())",
      "if False else nullcontext())", MODEL),
-    ("the self-check lets everything pass", "model.py", "if not error <= tolerance:", "if False:",
+    ("the self-check lets everything pass", "harness/architectures.py", "if not error <= tolerance:", "if False:",
      MODEL),
 
     # --- sample.py: y ---------------------------------------------------------------------------
@@ -237,11 +237,10 @@ MUTANTS = [
      "logps[[begin + y for y in tree.sampled]].mean()", "logps[begin + tree.sampled[0]]", LOOP
      + "::test_roles_are_picked_from_the_flat_log_probs_of_trees_of_many_sizes"),
     ("gradients of all updates add up", "train_loop.py",
-     "        optimizer.step()\n        optimizer.zero_grad()\n", "        optimizer.step()\n",
-     BOOK),
+     "    optimizer.step()\n    optimizer.zero_grad()\n", "    optimizer.step()\n", BOOK),
     ("the term's own gradient is added twice", "train_loop.py",
-     "            optimism_norm = clip(parameters, math.inf)\n            optimizer.zero_grad()\n",
-     "            optimism_norm = clip(parameters, math.inf)\n", BOOK),
+     "        optimism_norm = clip(parameters, math.inf)\n        optimizer.zero_grad()\n",
+     "        optimism_norm = clip(parameters, math.inf)\n", BOOK),
     ("the schedule is not applied", "train_loop.py",
      'optimizer.param_groups[0]["lr"] = lr = s.lr * lr_factor(u, len(batches))', "lr = s.lr", BOOK),
     ("the first update has a rate of zero", "train_loop.py", "return (update + 1) / warmup",
@@ -252,8 +251,8 @@ MUTANTS = [
     ("gradients are not clipped", "train_loop.py", "norm = clip(parameters, s.max_grad_norm)",
      "norm = clip(parameters, math.inf)", BOOK),
     ("log-probs of the reference go to other candidates", "train_loop.py",
-     "known[tree.prompt_id] = dict(zip(tree.candidates, logps))",
-     "known[tree.prompt_id] = dict(zip(tree.candidates[::-1], logps))", BOOK),
+     "known[tree.prompt_id] = dict(zip(tree.candidate_indices, logps))",
+     "known[tree.prompt_id] = dict(zip(tree.candidate_indices[::-1], logps))", BOOK),
     ("prompts of an iteration share their random stream", "train_loop.py",
      'stream(s.seed, s.iteration, r["prompt_id"], j)', "stream(s.seed, s.iteration, j)", LOOP
      + "::test_prompts_and_iterations_have_random_streams_of_their_own"),

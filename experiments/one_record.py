@@ -154,8 +154,11 @@ predicted from the last prompt token, place {len(tree.prompt_ids) - 1}.
 ## 6. Log-probs, loss, gradient (`selm.token_logps`, `selm.selm_loss`)
 
 A response's log-prob is the sum over its targets. The reference is the policy itself before the first
-update, so the loss starts at ln 2 = {math.log(2):.3f}: {t['loss']:.3f}. Its slope is -beta/2 for chosen, +beta/2 for rejected, and
-+alpha beta for y, added up where a response has several roles. Minimising goes against the slope:
+update, so the loss, {t['loss']:.3f}, is ln 2. Its slope is -beta/2 for chosen, +beta/2 for rejected, and
++alpha beta for y, added up where a response has several roles. (Had y won here, its slope would be
+-beta/2 + alpha beta = {-0.5 * BETA + ALPHA * BETA:+.3f}: still up; from alpha = 1/2 on, even the winner would be pushed
+down at first.)
+Minimising goes against the slope:
 
 {chr(10).join(effects)}
 

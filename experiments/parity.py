@@ -1,6 +1,6 @@
 """Is our loss the released one, and what do the released pipeline's other habits change?
 
-    python experiments/parity.py            (never run in full yet: no time is known)
+    python experiments/parity.py            (4 CPU minutes)
     python experiments/parity.py --quick    (seconds: the formula, and the toy)
 
 1. The formula: `selm.selm_loss`, the page `textbook.py`, and the authors' released expression

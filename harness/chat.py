@@ -5,7 +5,8 @@
     python sample.py --model FOLDER --alpaca-eval instructions.json --output outputs.json
 
 Ends with 0, with 2 and one line that begins with "error:", or with 130 after Ctrl-C.
-Leaves the token loop to sample.py, templates to data.py, loading to model.py.
+Leaves the token loop to sample.py, templates to harness/template.py, loading to
+harness/weights.py.
 Test: pytest tests/test_chat.py.
 """
 
@@ -19,9 +20,8 @@ from pathlib import Path
 import torch
 import transformers
 
-import model as policies
 import sample
-from harness import samplers, template, weights
+from harness import architectures, ends, template, weights
 from harness.rundir import printable, write_text
 
 MAX_NEW_TOKENS = 512  # where the user names no limit and the context has room
@@ -46,7 +46,7 @@ def main(argv=None):
         print("stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        note(f"error: {policies.first_line(error)}")
+        note(f"error: {ends.one_line(error)}")
         return 2
     return 0
 
@@ -95,7 +95,7 @@ def check_args(args):
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"--device {args.device}: {policies.first_line(error)}") from None
+        raise ValueError(f"--device {args.device}: {ends.one_line(error)}") from None
     if args.output:
         trial = Path(f"{args.output}.tmp")  # what write_text will write first
         try:
@@ -140,9 +140,9 @@ def load_answerer(args):
         prompt_ids = [chat.prompt_ids(messages) for messages in conversations]
         limits = response_limits(args.max_new_tokens, prompt_ids, model.config)
         longest = max(len(ids) + limit for ids, limit in zip(prompt_ids, limits))
-        probe = policies.probe_length(model.config, longest)
+        probe = architectures.probe_length(model.config, longest)
         if probe > probed:  # the first turn, or one that outgrows an attention window
-            sampler, probed = samplers.choose_sampler(model, prompt_ids[0], probe, note), probe
+            sampler, probed = architectures.choose_sampler(model, prompt_ids[0], probe, note), probe
         responses = sampler(
             model, prompt_ids, stop_ids=stop_ids, max_new_tokens=limits, slots=args.slots,
             temperature=args.temperature, top_p=args.top_p, progress=progress,

@@ -1,12 +1,13 @@
 """How a command ends: one clear line for what a user can mend, a traceback for what we must.
 
 Imported before anything slow, so that Ctrl-C is one line at any moment. Exit codes: 0 done, 1 an
-error, 2 a wrong command line, 130 Ctrl-C, 143 SIGTERM.
+error, 2 a wrong command line, 130 Ctrl-C, 143 SIGTERM (for which training finishes its update).
 """
 
 import os
 import signal
 import sys
+from contextlib import contextmanager
 
 GOES_ON = "the same command goes on after the last finished phase"
 HINTS = {"No space left": ". Finished phases are kept: free some space and run the same command "
@@ -17,16 +18,35 @@ OUT_OF_MEMORY = (". Finished phases are kept: lower --tokens-per-forward (traini
 
 def one_line(error):
     """Without control characters: an error may quote a stranger's file, and steer no terminal."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return "".join(character for character in line if character.isprintable())
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as an exception: files are closed and half-written ones removed on the way out."""
+    """SIGTERM, as an exception: files are closed and half-written ones removed on the way out.
+    Its text, if it has one, says from where the same command goes on."""
 
 
 def _terminate(number, frame):
     raise Terminated
+
+
+@contextmanager
+def sigterm_waits():
+    """Within it the first SIGTERM waits for a good moment: it fills the list that is handed out. A
+    second one, or the end of the block, is the end."""
+    asked = []
+
+    def wait(number, frame):
+        asked.append(number)
+        signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, wait)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if asked:  # it came behind the last good moment
+        raise Terminated
 
 
 def _leave(number, frame):
@@ -58,7 +78,9 @@ def run(main, goes_on=GOES_ON):
             (hint for sign, hint in HINTS.items() if sign in str(error)), ""))
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
-        print(f"\n{'terminated' if terminated else 'stopped'}; {goes_on}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"\n{'terminated' if terminated else 'stopped'}; {str(stop) or goes_on}",
+                  file=sys.stderr)
         sys.exit(143 if terminated else 130)
     except Exception as error:
         if "out of memory" in str(error).lower() or isinstance(error, MemoryError):

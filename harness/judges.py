@@ -111,30 +111,31 @@ class Judge:
     def __call__(self, prompts, candidates, prompt_ids=None, kept=None):
         """Scores in the candidates' order; identical texts of a prompt score alike.
 
-        prompt_ids: B names, for errors and for `kept`. kept: a JSONL file, of this process alone,
-        to which every call's scores are added at once; what is in it is not asked for again.
+        prompt_ids: B names, for errors. kept: a Kept or its path (None: nowhere), to which every
+        call's scores are added at once; what is in it is not asked for again.
         ValueError, one line, names judge and prompt. KeyboardInterrupt passes through: a handler
         of another signal must raise that (or a subclass), or the judge is blamed for it.
         """
         ids = map(str, range(len(prompts)) if prompt_ids is None else prompt_ids)
         questions = [Question(*parts) for parts in zip(ids, prompts, candidates, strict=True)]
-        known = read_kept(kept)
-        todo = [question for question in questions if self._key(question) not in known]
+        kept = kept if isinstance(kept, Kept) else Kept(kept)
+        keys = list(map(self._key, questions))
+        todo = [(question, key) for question, key in zip(questions, keys) if key not in kept.scores]
         if self.is_model:
-            todo.sort(key=lambda question: -len(str(question)))
+            todo.sort(key=lambda item: -len(str(item[0])))
         with tqdm(total=len(questions), initial=len(questions) - len(todo), desc="judge",
                   unit="prompt", leave=False, disable=not self.progress) as bar:
             for start in range(0, len(todo), self.prompts_a_call):
                 part = todo[start:start + self.prompts_a_call]
                 try:
-                    known |= self._ask(part, kept)
+                    self._ask(part, kept)
                 except WholeCall:
-                    for question in part:  # keeps what is good alone, and names what is not
-                        self._ask([question], kept)
+                    for one in part:  # keeps what is good alone, and names what is not
+                        self._ask([one], kept)
                     raise  # all are good alone: an error it remains
                 bar.update(len(part))
-        rows = [dict(zip(sorted(set(question.texts)), known[self._key(question)]))
-                for question in questions]
+        rows = [dict(zip(sorted(set(question.texts)), kept.scores[key]))
+                for question, key in zip(questions, keys)]
         return [[row[text] - self._penalty(text) for text in texts]
                 for row, texts in zip(rows, candidates)]
 
@@ -142,20 +143,20 @@ class Judge:
         return digest(self.name, question.prompt_id, question.prompt, sorted(question.texts))
 
     def _ask(self, part, kept):
-        """One call for some questions -> {key: scores of the sorted distinct texts}, kept."""
-        texts = [q.texts if self.is_model else list(dict.fromkeys(q.texts)) for q in part]
+        """One call for some (question, key); their scores go into `kept`."""
+        questions, keys = zip(*part)
+        texts = [q.texts if self.is_model else list(dict.fromkeys(q.texts)) for q in questions]
         rows, faults = [], []
-        for question, asked, row in zip(part, texts, self._call(part, texts)):
+        for question, key, asked, row in zip(questions, keys, texts, self._call(questions, texts)):
             try:
                 by_text = dict(zip(asked, check_row(row, asked)))
-                rows.append({"prompt_id": question.prompt_id, "question": self._key(question),
+                rows.append({"prompt_id": question.prompt_id, "question": key,
                              "scores": [by_text[text] for text in sorted(by_text)]})
             except ValueError as error:
                 faults.append(f"judge {self.name}, prompt_id {question.prompt_id}: {error}")
-        keep(kept, rows)
+        kept.add(rows)
         if faults:
             raise ValueError(one_line(faults[0]))
-        return {row["question"]: row["scores"] for row in rows}
 
     def _call(self, part, texts):
         """What the stranger says about copies: a row for each question, not yet looked into."""
@@ -259,30 +260,32 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def keep(path, rows):
-    """Adds rows {prompt_id, question, scores of the sorted distinct texts}; on disk on return."""
-    if path is None:
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        for row in rows:  # \n first: it ends a line that was cut off by a kill
-            file.write("\n" + json.dumps({**row, "check": digest(row)}))
-        file.flush()
-        os.fsync(file.fileno())
+class Kept:
+    """A JSONL file of finished scores, of one process alone, read once. path: None keeps nothing
+    beyond this object. scores: question -> scores of its sorted distinct texts."""
 
+    def __init__(self, path):
+        self.path, self.scores = path and Path(path), {}
+        if self.path and self.path.exists():
+            for line in self.path.read_text("utf-8", errors="replace").split("\n"):
+                try:
+                    row = json.loads(line)
+                    if row.pop("check") == digest(row):
+                        self.scores[row["question"]] = row["scores"]
+                except (ValueError, KeyError, AttributeError, TypeError):
+                    pass  # a line that is not whole to the last bit is asked for again
 
-def read_kept(path):
-    """question -> scores. A line that is not whole to the last bit is asked for again."""
-    known = {}
-    if path is not None and Path(path).exists():
-        for line in Path(path).read_text("utf-8", errors="replace").split("\n"):
-            try:
-                row = json.loads(line)
-                if row.pop("check") == digest(row):
-                    known[row["question"]] = row["scores"]
-            except (ValueError, KeyError, AttributeError, TypeError):
-                pass
-    return known
+    def add(self, rows):
+        """Rows of prompt_id, question and scores; on disk on return."""
+        self.scores |= {row["question"]: row["scores"] for row in rows}
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            for row in rows:  # \n first: it ends a line that was cut off by a kill
+                file.write("\n" + json.dumps({**row, "check": digest(row)}))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -559,7 +562,7 @@ def rank_file(args):
             judge.check(prompt)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-    if read_kept(kept):
+    if Kept(kept).scores:
         print(f"finished scores are in {kept}; delete it to judge all prompts anew")
     candidates = [record["candidates"] for record in records]
     scores = judge(prompts, candidates, [record["prompt_id"] for record in records], kept)

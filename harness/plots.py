@@ -29,7 +29,7 @@ plt.rcParams["text.parse_math"] = False  # a judge's file may have dollar signs 
 # Two colours that stay apart for colour-blind eyes and in grey; SELM is always the first.
 COLOURS = {"SELM": "#d1495b", "DPO": "#30638e"}
 TRAIN_PANELS = {"loss": "loss (DPO + optimism)", "accuracy": "preference accuracy",
-                "margin": "implicit reward margin, beta x nats",
+                "reward_margin": "implicit reward margin, beta x nats",
                 "sampled_logratio": "log-ratio of y, nats", "grad_norm": "gradient norm"}
 SHARES = ("win_rate", "win_rate_at_temperature_1", "lc_win_rate", "preference_accuracy", "finished",
           "true_share_good", "true_invalid")

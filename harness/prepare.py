@@ -19,7 +19,7 @@ import torch
 import data
 import model as policies
 import sample
-from harness import judges, rows, samplers, settings as flags, template, toy, weights
+from harness import architectures, judges, rows, settings as flags, template, toy, weights
 from harness.rundir import Run, fingerprint
 from harness.scale import PROCESS, only_first, say
 
@@ -57,7 +57,7 @@ class Start:
         judge = self.eval_judge if held_out and self.eval_judge else self.judge
         kept = self.run.folder / "human_answers.jsonl" if judge.name == "human" else (
             here / f"scores{PROCESS}.jsonl")
-        return functools.partial(judge, kept=kept)
+        return functools.partial(judge, kept=judges.Kept(kept))
 
     def also_samples(self, temperature):
         """Whether held-out prompts are answered at temperature 1 too, beside greedily: where that
@@ -95,7 +95,7 @@ def with_data(inputs, s):
     records = rows.check_rows(records, chat, inputs.judge.check, s.skip_bad_rows)
     held_out = rows.check_rows(held_out, chat, (inputs.eval_judge or inputs.judge).check,
                                s.skip_bad_rows)
-    data.split_portions(records, s.iterations, s.prompts_per_iteration, s.seed)  # if it can be done
+    rows.split_portions(records, s.iterations, s.prompts_per_iteration, s.seed)  # if it can be done
     judge = judges.with_length_penalty(inputs.judge, s.length_penalty, chat.tokenizer)
     judge.dry_call(records)
     if inputs.eval_judge and held_out:
@@ -154,10 +154,10 @@ def check_model(s, chat, records):
              for row in records[:2]]
     dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
     model = weights.load_model(s.model, dtype, s.device, s.compute.attention)
-    policies.self_check(policies.Policy(model), data.pad if s.plain_rows else data.pack, trees,
+    architectures.self_check(policies.Policy(model), data.pad if s.plain_rows else data.pack, trees,
                         s.max_length, packed=not s.plain_rows)
-    generate = samplers.choose_sampler(
-        model, trees[0].prompt_ids, policies.probe_length(model.config, s.max_length), say)
+    generate = architectures.choose_sampler(
+        model, trees[0].prompt_ids, architectures.probe_length(model.config, s.max_length), say)
     return generate, model.config._attn_implementation
 
 
@@ -223,7 +223,7 @@ def make_start(inputs, s, run):
                                   variant=s.variant, seed=s.seed)
     elif policy.endswith(".gguf"):  # unpacked once, not at every load
         policy = str(run.once(run.folder / "start_policy", unpack, policy, inputs.chat))
-    portions = data.split_portions(inputs.records, s.iterations, s.prompts_per_iteration, s.seed)
+    portions = rows.split_portions(inputs.records, s.iterations, s.prompts_per_iteration, s.seed)
     return Start(run, policy, inputs.chat, *inputs.sampler, inputs.judge, portions,
                  inputs.held_out, truth, inputs.eval_judge)
 

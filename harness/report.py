@@ -82,9 +82,10 @@ def warnings_of(counts, before, updates, evaluated):
         yield (f"optimism is {share:.2g} of the first update's gradient, too little to be seen: "
                f"the run is one of --alpha 0; a share of 0.1 takes "
                f"{0.1 / max(share, 1e-12):.2g} times this alpha")
-    elif share is not None and share > 0.5:
-        yield (f"optimism is {share:.0%} of the first update's gradient and outweighs the "
-               "preferences; for a share of about 0.1 lower --alpha, tenfold at a time")
+    elif share is not None and share > 0.5:  # above 1 only where the two point apart, and cancel
+        yield (f"optimism is {share:.0%} of the first update's gradient"
+               f"{' and pulls against the preferences' if share > 1 else ', no small part'}; for a "
+               "share of about 0.1 lower --alpha, tenfold at a time")
     if counts["cut"] > 0.3 * max(1, counts["sampled"]):
         flag = "--max-length" if counts["cut_by_max_length"] > counts["cut"] / 2 else (
             "--max-new-tokens")

@@ -21,7 +21,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from data import by_prompt, prompt_key
 from harness.scale import say
 from harness.template import strip_thought
 
@@ -60,6 +59,34 @@ def load_preferences(source, split="train_prefs", skip_bad_rows=False):
     return list(distinct.values())
 
 
+def split_portions(records, portions, limit=None, seed=0):
+    """`portions` disjoint lists of records, shuffled by `seed`: no two share a prompt.
+
+    A prompt takes all its pairs along. Portions hold equally many records where whole prompts allow
+    it, at most `limit`; records for which no portion has room are left out.
+    """
+    shuffled, groups = random.Random(seed).sample(records, len(records)), by_prompt(records)
+    if len(groups) < portions:
+        raise ValueError(f"{len(records)} preference rows of {len(groups)} prompts cannot be split "
+                         f"into {portions} iterations")
+    # A prompt waits where the file's first record of it fell in the shuffle. Were it where any of
+    # its records comes up first, prompts with many pairs would crowd into the early portions.
+    waiting = [key for record in shuffled if record is groups[key := prompt_key(record)][0]]
+    share, limit, result = len(records) // portions, limit or len(records), []
+    waiting.sort(key=lambda key: len(groups[key]) <= share)  # what exceeds a share has it alone
+    for left in range(portions, 0, -1):
+        room = min(share, sum(len(groups[key]) for key in waiting) // left)
+        most = min(limit, len(waiting) - (left - 1))  # prompts: one at least for each that follows
+        taken, size = set(), 0
+        for key in waiting:
+            if len(taken) < most and (not taken or size + len(groups[key]) <= room):
+                taken.add(key)
+                size += len(groups[key])
+        waiting = [key for key in waiting if key not in taken]
+        result.append([record for record in shuffled if prompt_key(record) in taken][:limit])
+    return result
+
+
 def hold_out(records, count, seed=0):
     """(training records, held-out records): `count` prompts, one record of each, as long as they
     take no more than a fifth of the records with them (a small file is mostly for training)."""
@@ -75,6 +102,20 @@ def leave_out(records, held_out):
     """The records whose prompt is not held out, whatever their ids say."""
     known = set(map(prompt_key, held_out))
     return [record for record in records if prompt_key(record) not in known]
+
+
+def by_prompt(records):
+    """{prompt_key: its records}, both in order of appearance."""
+    groups = {}
+    for record in records:
+        groups.setdefault(prompt_key(record), []).append(record)
+    return groups
+
+
+def prompt_key(record):
+    """Who says what, without outer spaces. NOT prompt_id: real files give one prompt many ids, and
+    one id to all, and portions that are disjoint by id alone train twice on one prompt."""
+    return tuple((turn["role"], turn["content"].strip()) for turn in record["prompt"])
 
 
 def check_rows(records, chat, judge_check=None, skip_bad_rows=False):

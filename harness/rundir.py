@@ -37,13 +37,13 @@ except ImportError:  # Windows has no such lock
 CONFIG, FINISHED, METRICS, LOCK = "config.json", "finished.json", "metrics.jsonl", ".lock"
 # What a run leaves, and --fresh may take away. Anything else in the folder is somebody's.
 LEAVES = (CONFIG, FINISHED, METRICS, LOCK, "report.md", "report.html", "figures", "world", "start",
-          "start_policy", "baseline", "human_answers.jsonl", "iter_*", "seed_*", "*.tmp", "*.part*",
-          "*.unfinished", ".deleted-*")
+          "start_policy", "baseline", "tensorboard", "wandb", "human_answers.jsonl", "iter_*",
+          "seed_*", "*.tmp", "*.part*", "*.unfinished", ".deleted-*")
 JUDGED = ("pairs.jsonl*", "scores*.jsonl", "eval.jsonl*")
 # Settings that change no number, or that made_from tells better.
-NO_DIFFERENCE = ("fresh", "dry_run", "run_dir", "baseline", "seeds", "slots", "save_every", "data",
-                 "tokens_per_forward", "compile", "model", "ranker", "eval_ranker", "chat_template",
-                 "name")
+NO_DIFFERENCE = ("fresh", "dry_run", "track", "run_dir", "baseline", "seeds", "slots", "save_every",
+                 "data", "tokens_per_forward", "compile", "model", "ranker", "eval_ranker",
+                 "chat_template", "name")
 
 # ----------------------------------------------------------------------------------------------
 # 1. Text and rows
@@ -136,10 +136,11 @@ class Rows:
 
 
 class Run:
-    """The folder of one arm: its record of finished files, and the metrics."""
+    """The folder of one arm: its record of finished files, and the metrics. tracker: None, or
+    track.tracker's function."""
 
-    def __init__(self, folder):
-        self.folder, self.checked = Path(folder), set()
+    def __init__(self, folder, tracker=None):
+        self.folder, self.checked, self.tracker = Path(folder), set(), tracker
 
     def once(self, path, phase, *args):
         """What `phase` leaves at `path`: read if it is finished, else made; all processes agree.
@@ -162,12 +163,26 @@ class Run:
         run's. Rows of an earlier, unfinished try of the same phase go."""
         def merge():
             path, keys = self.folder / METRICS, {(r["iteration"], r["phase"]) for r in rows}
-            kept = [r for _, r in read_jsonl(path)] if path.exists() else []
-            kept = [r for r in kept if (r["iteration"], r["phase"]) not in keys]
+            known = [r for _, r in read_jsonl(path)] if path.exists() else []
+            kept = [r for r in known if (r["iteration"], r["phase"]) not in keys]
             order = {"rank": 0, "train": 1, "eval": 2}
             write_jsonl(path, sorted(kept + rows, key=lambda r: (
                 r["iteration"], order[r["phase"]], r.get("update", 0))))
+            for row in rows:
+                if row["phase"] != "train" and row not in known:  # updates were shown as they came
+                    self.show(row)
         only_first(merge)
+
+    def show(self, row):
+        """Hands a row of metrics.jsonl to the tracker, if there is one."""
+        if self.tracker and PROCESS == 0:
+            path = self.folder / METRICS
+            before = row["iteration"] + ("update" not in row)  # of an evaluation: its updates, too
+            step = row.get("update", 0) + sum(
+                r["phase"] == "train" and r["iteration"] < before
+                for _, r in (read_jsonl(path) if path.exists() else []))
+            self.tracker({f"{row['phase']}/{name}": value for name, value in row.items()
+                          if isinstance(value, (int, float)) and name != "update"}, step)
 
     def _name(self, path):
         return Path(path).relative_to(self.folder).as_posix()

@@ -1,7 +1,7 @@
 """What a run is told: recipes, the command line, and the checks that need no file.
 
 A recipe is a dictionary of settings; flags replace single ones. `read(argv)` returns a frozen
-`Settings`; what belongs together comes out of it as a small group (`settings.sampling`, ...), and
+`Settings`; what belongs together comes out of it as a small group (`settings.batching`, ...), and
 `settings.at(k)` is what iteration k uses. Imports nothing local.
 
 Test: pytest tests/test_settings.py.
@@ -9,6 +9,7 @@ Test: pytest tests/test_settings.py.
 
 import argparse
 import hashlib
+import importlib.util
 import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
@@ -117,6 +118,7 @@ class Settings:
     max_new_tokens: int
     temperature: float
     top_p: float
+    samples_from: str | None
     tokens_per_forward: int
     slots: int
     gradient_checkpointing: bool
@@ -129,6 +131,7 @@ class Settings:
     save_every: int
     eval_prompts: int
     baseline: bool
+    track: str | None
     dry_run: bool
     fresh: bool
     variant: str | None  # of the toy world
@@ -146,7 +149,8 @@ class Settings:
         if iteration >= self.first:
             changes["lr"] = self.lr[iteration - self.first]
         if iteration == 0:
-            changes |= {"alpha": 0.0, "responses_per_prompt": 0, "pairs": "data"}
+            changes |= {"alpha": 0.0, "responses_per_prompt": 0, "pairs": "data",
+                        "samples_from": None}
         return replace(self, **changes)
 
     def _group(self, kind):
@@ -178,7 +182,7 @@ FLAGS = {
         "chat-template": dict(metavar="FILE", help="Jinja chat template, for a model without one"),
         "run-dir": dict(help="where everything goes (runs/NAME)")},
     "the method": {
-        "alpha": dict(type=float, help="optimism; 0 is iterative DPO; paper: 5e-3 .. 1e-4"),
+        "alpha": dict(type=float, help="optimism; 0 is iterative DPO; the paper: 1e-3 or 1e-4, out of 5e-3 .. 1e-4"),
         "beta": dict(type=float, help="strength of the KL anchor; paper: 0.01"),
         "optimism": dict(choices=["selm", "xpo", "popo"], default="selm", help="the term that "
                          "alpha scales: alpha beta r(y), r = log pi/pi_ref (SELM); alpha log pi(y) "
@@ -213,7 +217,10 @@ FLAGS = {
                                "limits it too"),
         "temperature": dict(type=float, help="0: greedy, as the authors' code; 1: as the paper "
                             "writes"),
-        "top-p": dict(type=float, default=1.0, help="nucleus sampling")},
+        "top-p": dict(type=float, default=1.0, help="nucleus sampling"),
+        "samples-from": dict(metavar="FILE", help="samples that another engine (vLLM) has drawn; "
+                             "{k} stands for the iteration. Run it once to get the prompts; "
+                             "harness/outside.py has the format")},
     "speed and memory": {
         "tokens-per-forward": dict(type=int, help="budget of a micro-batch; memory grows with it"),
         "slots": dict(type=int, help="responses sampled side by side"),
@@ -236,6 +243,8 @@ FLAGS = {
                            "the paper's learning rates"),
         "eval-prompts": dict(type=int, help="held-out prompts for the evaluation; 0: none"),
         "baseline": dict(action=YES_OR_NO, help="also run alpha = 0 from the same start and seeds"),
+        "track": dict(choices=["trackio", "wandb", "tensorboard"], help="show the rows of "
+                      "metrics.jsonl, as they come, in one of these, if it is installed"),
         "dry-run": dict(action="store_true", help="print the plan and stop; loads no weights"),
         "fresh": dict(action="store_true", help="delete the run in --run-dir and start over")}}
 
@@ -333,6 +342,16 @@ def check(settings, own_data):
          "--temperature > 0: greedy, both samples would be the same in the first iteration"),
         (settings.pairs == "data" or settings.responses_per_prompt == 1, "--pairs reference takes "
          "one sample of each model; leave --responses-per-prompt at 1"),
+        (not settings.samples_from or settings.pairs == "data", "--samples-from has no sample of "
+         "the first model, which --pairs reference needs"),
+        (not settings.samples_from or settings.seeds == 1 and not settings.baseline,
+         "--samples-from is for one arm: the samples of one policy are not another's; give "
+         "--seeds 1 --no-baseline"),
+        (not settings.samples_from or "{k}" in settings.samples_from or settings.iterations == 1,
+         "--samples-from: every iteration has its own samples; put {k}, its number, into the "
+         "name"),
+        (not settings.track or importlib.util.find_spec(settings.track),
+         f"--track {settings.track}: it is not installed; pip install {settings.track}"),
         (not ("human" in (settings.ranker, settings.eval_ranker) and processes > 1),
          "--ranker human: judge in a single process"),
         (settings.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here")]

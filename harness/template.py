@@ -2,7 +2,7 @@
 
 data.py and train_loop.py see one object, ChatFormat: messages in, ids out; ids in, what a judge
 reads out. What can be wrong between the two (a second BOS, a header among the labels, a space that
-nobody says, an end token that is not eos) is settled or refused here. DESIGN: README, "Tokens".
+nobody says, an end token that is not eos) is settled or refused here.
 
 Test: pytest tests/test_templates.py.
 """
@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from transformers import AutoTokenizer
+
 
 class ChatFormat:
     """Messages and responses -> ids, and ids -> what a judge reads, by one tokenizer's template.
@@ -28,7 +29,7 @@ class ChatFormat:
 
     end_id    the template's own end of turn (</s>, <|eot_id|>, <|im_end|>, ...): often NOT eos
     stop_ids  what ends a sampled response: end_id, eos, and `model_stop_ids` of generation_config
-    bos_id    what texts begin with, or None; `cut` keeps it
+    bos_id    what texts begin with, or None; data.cut_prompt keeps it
     note      None, or what was done to make the template usable; the caller prints it
     """
 
@@ -94,9 +95,10 @@ class ChatFormat:
         without what the template puts around it, without special tokens, without a thought."""
         ended = bool(ids) and ids[-1] in self.stop_ids
         ids, n = list(ids[:-1] if ended else ids), len(self.channel)
-        starts = [i + n for i in range(len(ids) - n + 1) if ids[i:i + n] == self.channel]
-        if n and (starts or ids[:1] == self.channel[:1]):  # another channel only: no answer yet
-            ids = ids[starts[-1]:] if starts else []
+        if n and self.channel[0] in ids:
+            starts = [i + n for i in range(len(ids) - n + 1) if ids[i:i + n] == self.channel]
+            if starts or ids[0] == self.channel[0]:  # another channel only: no answer yet
+                ids = ids[starts[-1]:] if starts else []
         text = self._decode(ids).removeprefix(self.lead_text)
         return strip_thought(text.removesuffix(self.tail) if ended else text)
 

@@ -20,8 +20,9 @@ from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
 from harness import scale
+from harness.ends import one_line
 from harness.scale import PROCESS, PROCESSES
-from model import Policy, first_line
+from model import Policy
 
 # ----------------------------------------------------------------------------------------------
 # 1. A policy in the form that a phase needs
@@ -74,7 +75,7 @@ def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
         _check_weights(model, info)
     except Exception as error:
         raise ValueError(f"--model {path}: could not be loaded as a causal language model "
-                         f"({type(error).__name__}: {first_line(error)})") from None
+                         f"({type(error).__name__}: {one_line(error)})") from None
     if "gguf_file" in options:  # else transformers refuses to save what was quantised once
         model.is_quantized, model.hf_quantizer = False, None
         for name in ("quantization_config", "_pre_quantization_dtype"):
@@ -126,7 +127,7 @@ def load_config(path):
         return AutoConfig.from_pretrained(name, **options).get_text_config()
     except Exception as error:
         raise ValueError(f"--model {path}: no model configuration could be loaded "
-                         f"({type(error).__name__}: {first_line(error)})") from None
+                         f"({type(error).__name__}: {one_line(error)})") from None
 
 
 def model_stop_ids(model):
@@ -236,7 +237,7 @@ def _write_policy(model, state, tokenizer, folder, dtype):
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     except Exception as error:  # safetensors has a class of its own for a full disk
-        return OSError(f"{folder} could not be saved ({first_line(error)}); what was there stays. "
+        return OSError(f"{folder} could not be saved ({one_line(error)}); what was there stays. "
                        "Free some space and run the same command again")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # half a policy may be what fills the disk

@@ -17,7 +17,7 @@ import model as policies
 import sample
 import train_loop
 from conftest import SIZES, VOCABULARY, make_tokenizer
-from harness import samplers, weights
+from harness import architectures, weights
 
 WINDOW = 9  # shorter than the test's rows
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -186,7 +186,7 @@ def check(folder, packed, trees, **options):
     """A policy that the self-check has passed."""
     model = weights.load_model(folder, attention="selm_tree" if packed else "eager")
     policy = policies.Policy(model, **options)
-    policies.self_check(policy, data.pack if packed else data.pad, trees,
+    architectures.self_check(policy, data.pack if packed else data.pad, trees,
                         sample.context_length(model.config), packed=packed)
     return policy
 
@@ -236,11 +236,11 @@ def test_greedy_tokens_are_those_of_model_generate_or_it_is_refused(case):
     prompts = [tree.prompt_ids for tree in make_trees(2, [(n, ()) for n in (5, 2, 12, 45, 8)])]
     if sampled == "refused":
         with pytest.raises(ValueError, match="not a causal language model") as error:
-            samplers.choose_sampler(model, prompts[0], 32, notes.append)
+            architectures.choose_sampler(model, prompts[0], 32, notes.append)
         assert "\n" not in str(error.value)
         return
-    probe = policies.probe_length(model.config, sample.context_length(model.config))
-    sampler = samplers.choose_sampler(model, prompts[0], probe, notes.append)
+    probe = architectures.probe_length(model.config, sample.context_length(model.config))
+    sampler = architectures.choose_sampler(model, prompts[0], probe, notes.append)
     stop_ids = set(range(2, VOCABULARY, 8))
     got = sampler(model, prompts, stop_ids=stop_ids, max_new_tokens=8, slots=3, progress=False)
     oracle.generation_config = GenerationConfig(
@@ -261,8 +261,8 @@ def test_one_long_row_cannot_change_its_neighbours(tmp_path):
     trees = make_trees(0, ((5, (4, 7)), (120, (6,))))
     for make, packed in ((data.pack, True), (data.pad, False)):
         with pytest.raises(ValueError, match="differ by .* nats"):
-            policies.self_check(policies.Policy(model), make, trees, packed=packed)
-        policies.self_check(policies.Policy(model), make, trees[:1], packed=packed)
+            architectures.self_check(policies.Policy(model), make, trees, packed=packed)
+        architectures.self_check(policies.Policy(model), make, trees[:1], packed=packed)
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 9)
     with pytest.raises(ValueError, match="--max-length 97 exceeds the context of .* 96"):
         train_loop.main(["--model", str(tmp_path), "--data", str(tmp_path / "data.jsonl"),

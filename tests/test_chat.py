@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-import model as policies
 import sample
 from conftest import ROOT, VOCABULARY, make_model, make_tokenizer
 from harness import chat
@@ -150,9 +149,9 @@ def test_a_chat_that_outgrows_an_attention_window_is_checked_again(tmp_path, mon
     make_model("gemma3").save_pretrained(tmp_path)  # a window of 7
     make_tokenizer("chatml").save_pretrained(tmp_path)
     lengths = []
-    monkeypatch.setattr(chat.samplers, "choose_sampler", lambda model, ids, length, say: (
+    monkeypatch.setattr(chat.architectures, "choose_sampler", lambda model, ids, length, say: (
         lengths.append(length) or (lambda model, prompts, **kwargs: [[5]] * len(prompts))))
-    monkeypatch.setattr(policies, "probe_length", lambda config, longest: 1 + longest // 50)
+    monkeypatch.setattr(chat.architectures, "probe_length", lambda config, longest: 1 + longest // 50)
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n" * 9))
     assert chat.main(["--model", str(tmp_path), "--interactive", "--max-new-tokens", "5"]) == 0
     assert lengths == sorted(set(lengths)) and len(lengths) > 1

@@ -27,17 +27,17 @@ def test_portions_are_disjoint_of_equal_size_and_repeat_with_the_seed():
     """A prompt that is trained on in two iterations; a shuffle that differs from run to run, or
     from that of runs that are under way."""
     records = [record(str(i)) for i in range(100)]
-    portions = data.split_portions(records, 3, seed=5)
+    portions = rows.split_portions(records, 3, seed=5)
     shuffled = random.Random(5).sample(records, 100)
     assert portions == [shuffled[:33], shuffled[33:66], shuffled[66:99]]
-    assert data.split_portions(records, 3, seed=6) != portions
+    assert rows.split_portions(records, 3, seed=6) != portions
     shuffled = random.Random(0).sample(records, 100)
-    assert data.split_portions(records, 3, limit=10) == [shuffled[i:i + 10] for i in (0, 10, 20)]
-    assert data.split_portions(records, 1) == [shuffled]
+    assert rows.split_portions(records, 3, limit=10) == [shuffled[i:i + 10] for i in (0, 10, 20)]
+    assert rows.split_portions(records, 1) == [shuffled]
     with pytest.raises(ValueError, match="cannot be split"):
-        data.split_portions(records[:2], 3)
+        rows.split_portions(records[:2], 3)
     with pytest.raises(ValueError, match="2 prompts cannot be split"):
-        data.split_portions([record("a", i) for i in range(50)] + [record("b")], 3)
+        rows.split_portions([record("a", i) for i in range(50)] + [record("b")], 3)
 
 
 @pytest.mark.parametrize("limit", [None, 7])
@@ -48,12 +48,12 @@ def test_a_prompt_with_many_pairs_stays_in_one_portion_whatever_its_ids_say(pair
     than others, by a prompt with many pairs; one id for all rows that makes them one prompt."""
     records = [record(f"prompt {i}" + " " * (k % 2), k, "train") for i, n in enumerate(pairs)
                for k in range(n)]
-    portions = data.split_portions(records, 3, limit)
+    portions = rows.split_portions(records, 3, limit)
     seen = [{p.strip() for p in prompts(portion)} for portion in portions]
     assert all(seen) and sum(map(len, seen)) == len(set.union(*seen))
     sizes = list(map(len, portions))
-    rows = {(r["prompt"][0]["content"], r["data_chosen"]) for p in portions for r in p}
-    assert len(rows) == sum(sizes)  # none twice
+    used = {(r["prompt"][0]["content"], r["data_chosen"]) for p in portions for r in p}
+    assert len(used) == sum(sizes)  # none twice
     if limit:
         assert max(sizes) <= limit
         assert min(sizes) == limit or sum(pairs) < 3 * limit or 20 in pairs
@@ -67,7 +67,7 @@ def test_portions_share_what_a_heavy_prompt_leaves_over():
     """The last portion gets the crumbs, because the first took its third of all records."""
     records = [record("heavy", k) for k in range(40)] + [record(str(i)) for i in range(60)]
     for seed in range(5):
-        assert list(map(len, data.split_portions(records, 3, seed=seed))) == [40, 30, 30]
+        assert list(map(len, rows.split_portions(records, 3, seed=seed))) == [40, 30, 30]
 
 
 def test_prompts_with_many_pairs_do_not_crowd_into_the_first_portion():
@@ -75,7 +75,7 @@ def test_prompts_with_many_pairs_do_not_crowd_into_the_first_portion():
     records = [record(f"{n} {i}", k) for n, count in ((1, 300), (6, 150)) for i in range(count)
                for k in range(n)]
     many = [sum(p[0] == "6" for p in prompts(portion))
-            for portion in data.split_portions(records, 3)]
+            for portion in rows.split_portions(records, 3)]
     assert sum(many) == 150 and max(many) < 70
 
 
@@ -221,7 +221,7 @@ def test_a_tree_of_a_row_has_only_what_the_loss_needs_and_keeps_its_roles():
     row = {"prompt_id": "a", "prompt_ids": [1, 2], "chosen": 3, "rejected": 0, "sampled": [2, 3],
            "candidates": [{"ids": [10 + c]} for c in range(4)]}
     tree = data.make_tree(row, 0.3, [-1.0, None, -3.0, -4.0])
-    assert (tree.responses, tree.candidates) == ([[10], [12], [13]], [0, 2, 3])
+    assert (tree.responses, tree.candidate_indices) == ([[10], [12], [13]], [0, 2, 3])
     assert (tree.chosen, tree.rejected, tree.sampled) == (2, 0, [1, 2])
     assert tree.ref_logps == [-1.0, -3.0, -4.0] and tree.size == (5, 3, 3)
     tree = data.make_tree(row, 0.0, [-1.0, None, None, -4.0])

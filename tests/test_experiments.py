@@ -2,7 +2,11 @@
 
 import json
 import math
+import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +18,7 @@ import ablation  # noqa: E402
 import common  # noqa: E402
 import mechanism  # noqa: E402
 import open_questions  # noqa: E402
+import what_for  # noqa: E402
 
 import train_loop  # noqa: E402
 from harness import toy  # noqa: E402
@@ -51,6 +56,45 @@ def test_the_quick_form_of_each_script_measures_draws_and_tabulates(script, pane
     assert panels < set(results) and results["seeds"] == [0, 1]
     assert (tmp_path / f"{script.__name__}.png").stat().st_size > 10_000
     assert capsys.readouterr().out.count("| --- |") >= 3
+
+
+def test_the_first_figure_is_drawn_from_a_run_and_the_results(short, tmp_path):
+    """A figure that nobody can make again."""
+    train_loop.main(["--seeds", "1", "--iterations", "1", "--eval-prompts", "4",
+                     "--prompts-per-iteration", "32", "--run-dir", str(tmp_path / "run")])
+    for name in ("regret", "mechanism"):
+        shutil.copy(ROOT / f"experiments/results/{name}.json", tmp_path)
+    what_for.main(["--run-dir", str(tmp_path / "run"), "--results", str(tmp_path)])
+    assert (tmp_path / "what_for.png").stat().st_size > 10_000
+
+
+def test_greedy_answers_are_compared_with_sampled_ones_of_the_same_prompts(short, tmp_path):
+    """A sample beside another prompt's greedy answer; a tie that counts as a win. At temperature 1
+    an untrained model hardly ever repeats its greedy answer, so that a judge of equality decides
+    what is beaten: every answer that is not the greedy one."""
+    toy.build_world(tmp_path / "w", 0, prompts=96, progress=False)
+    (tmp_path / "judge.py").write_text(
+        "def judge(prompts, candidates):\n"
+        "    return [[float(t != texts[0]) for t in texts] for texts in candidates]\n")
+    table = mechanism.habit_of(str(tmp_path / "w/base"), str(tmp_path / "w/train.jsonl"),
+                               f"{tmp_path / 'judge.py'}:judge", prompts=6, samples=4, limit=8)
+    numbers = [float(line.split("|")[2].replace("*", "").split()[0])
+               for line in table.splitlines()[2:]]
+    greedy, sampled, difference, beaten = numbers
+    assert (greedy, difference) == (0, -sampled) and 0 < sampled < 1
+    assert beaten == pytest.approx(sampled + (1 - sampled) / 2, abs=4e-3)  # two decimals
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_a_run_that_is_killed_anywhere_ends_in_the_files_of_one_that_was_not(tmp_path):
+    """A phase that a kill leaves half done and the next try takes for whole. Two kills here; the
+    script's own command makes more."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "experiments/kill_test.py"), "2", "--processes", "1",
+         "--seed", "1"], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == "2 kills, 2 identical"
+    assert len(set(re.findall(r"killed in (\S+),", result.stdout))) == 2
 
 
 def test_the_closed_form_is_that_of_two_vectors():

@@ -21,7 +21,7 @@ def make_run(folder, iteration=1, tokens=10, accuracy=0.7, logratio=-1.0, text="
     write_jsonl(folder / "metrics.jsonl", old + [
         {"iteration": iteration, "phase": "rank"} | counts] + [
         {"iteration": iteration, "phase": "train", "update": u, "loss": 0.69 - u / 100,
-         "dpo_loss": 0.6, "accuracy": accuracy, "sampled_logratio": logratio, "margin": 0.1,
+         "dpo_loss": 0.6, "accuracy": accuracy, "sampled_logratio": logratio, "reward_margin": 0.1,
          "grad_norm": 1.0} for u in range(5)] + [
         {"iteration": iteration, "phase": "eval", "score": 0.5, **(evals or {})}])
     return folder
@@ -58,6 +58,7 @@ def test_a_healthy_run_gives_no_warning(tmp_path):
 @pytest.mark.parametrize("share, words", [
     (9e-4, "optimism is 0.0009 of .*--alpha 0; a share of 0.1 takes 1.1e[+]02 times"),
     (0.0, "optimism is 0 of"), (0.51, "optimism is 51% of .* lower --alpha"),
+    (1.1, "optimism is 110% of .*pulls against the preferences; .* lower --alpha"),
     (1e-3, None), (0.5, None), (None, None)])
 def test_an_alpha_whose_share_of_the_gradient_says_nothing_or_all_is_named(share, words, tmp_path):
     """An alpha of the paper in another model's units: a run that is DPO, or none of it. The share

@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 import model as policies  # noqa: F401  registers the attention that conftest's models ask for
 import sample
 from conftest import ARCHITECTURES, VOCABULARY, make_model
-from harness import samplers
+from harness import architectures
 
 STOP = set(range(2, VOCABULARY, 8))  # so many that a random model meets one now and then
 
@@ -205,7 +205,7 @@ def test_the_context_is_the_shortest_that_the_configuration_names():
 
 
 # ----------------------------------------------------------------------------------------------
-# harness/samplers.py (many architectures: test_architectures.py)
+# harness/architectures.py (many architectures: test_architectures.py)
 # ----------------------------------------------------------------------------------------------
 
 
@@ -218,7 +218,7 @@ def test_one_by_one_gives_the_samples_of_slots(top_p):
     for kwargs in (dict(), dict(temperature=1.5, top_p=top_p, seeds=seeds),
                    dict(max_new_tokens=[3, 24, 8] * 3)):
         kwargs = dict(stop_ids=STOP, max_new_tokens=24, slots=3, progress=False) | kwargs
-        assert samplers.generate_one_by_one(model, prompts, **kwargs) == sample.generate(
+        assert architectures.generate_one_by_one(model, prompts, **kwargs) == sample.generate(
             model, prompts, **kwargs)
     assert model.generation_config.repetition_penalty == 5.0
 
@@ -227,7 +227,7 @@ def test_one_by_one_gives_the_samples_of_slots(top_p):
 def test_slots_that_are_wrong_for_a_model_are_not_used(monkeypatch, fault):
     """Other tokens, without a sign. The faults are ours here, and architectures' in real life."""
     model, notes = make_model(scale=3.0), []
-    assert samplers.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.generate
+    assert architectures.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.generate
     if fault == "position":
         forward = model.forward
         monkeypatch.setattr(model, "forward", lambda *args, position_ids=None, **kwargs: forward(
@@ -240,8 +240,8 @@ def test_slots_that_are_wrong_for_a_model_are_not_used(monkeypatch, fault):
         monkeypatch.setattr(sample.SlotCache, "aim", lambda self, first, *args, **kwargs: aim(
             self, 0, *args, **kwargs) or setattr(self, "rows", self.rows * 0))
     assert not notes
-    sampler = samplers.choose_sampler(model, [5, 6, 7, 8], 20, notes.append)
-    assert sampler is samplers.generate_one_by_one and len(notes) == 1
+    sampler = architectures.choose_sampler(model, [5, 6, 7, 8], 20, notes.append)
+    assert sampler is architectures.generate_one_by_one and len(notes) == 1
     assert model.config._attn_implementation == "eager"
 
 
@@ -253,7 +253,7 @@ def test_slots_are_compared_with_eager_attention_not_with_the_one_they_use():
     AttentionMaskInterface.register("half", sdpa_mask)
     model, notes = make_model(scale=3.0), []
     model.set_attn_implementation("half")
-    assert samplers.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.generate
+    assert architectures.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.generate
     assert model.config._attn_implementation == "eager" and "eager attention" in notes[0]
 
 
@@ -264,5 +264,5 @@ def test_a_model_that_sees_the_future_is_refused(monkeypatch):
     monkeypatch.setattr(model, "forward", lambda input_ids, **kwargs: forward(
         input_ids.flip(1), **{**kwargs, "past_key_values": None, "use_cache": False}))
     with pytest.raises(ValueError, match="not a causal language model") as error:
-        samplers.choose_sampler(model, [5, 6, 7, 8], 20)
+        architectures.choose_sampler(model, [5, 6, 7, 8], 20)
     assert "\n" not in str(error.value)

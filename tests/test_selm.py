@@ -244,7 +244,7 @@ def test_metrics_are_the_implicit_rewards_and_their_margin_in_floats():
     _, metrics = selm.selm_loss(*values, alpha=0.3, beta=0.7)
     assert metrics["chosen_reward"].item() == pytest.approx(0.7 * (-3.0 + 3.5))
     assert metrics["rejected_reward"].item() == pytest.approx(0.7 * (-5.0 + 4.0))
-    assert metrics["margin"].item() == pytest.approx(0.7 * 1.5)
+    assert metrics["reward_margin"].item() == pytest.approx(0.7 * 1.5)
     assert metrics["sampled_logratio"].item() == pytest.approx(2.0)
     assert metrics["accuracy"].item() == 1.0
     dpo = math.log(1 + math.exp(-0.7 * 1.5))

@@ -14,8 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import data
-from harness import template, toy
+from harness import rows, template, toy
 from harness.rows import load_preferences
 
 
@@ -249,7 +248,7 @@ def test_the_three_portions_of_the_default_world_share_no_prompt(tmp_path, quick
     or portions that are disjoint but unequal, or rows that a reader drops as repetitions."""
     toy.build_world(tmp_path / "w", 3, progress=False)
     records = load_preferences(tmp_path / "w/train.jsonl")
-    portions = data.split_portions(records, 3, 512, seed=3)
+    portions = rows.split_portions(records, 3, 512, seed=3)
     prompts = [{record["prompt"][0]["content"] for record in portion} for portion in portions]
     assert [len(portion) for portion in portions] == [512] * 3
     assert [len(p) for p in prompts] == [32] * 3 and len(set.union(*prompts)) == 96

@@ -598,6 +598,53 @@ def test_a_run_killed_between_two_updates_goes_on_from_its_checkpoint(
     assert not (tmp_path / "killed/iter_1/state").exists()
 
 
+@pytest.mark.parametrize("extra", [[], ["--save-every", "1"]], ids=" ".join)
+def test_sigterm_waits_for_the_update_and_the_same_command_goes_on_behind_it(
+        extra, command, tmp_path, monkeypatch):
+    """A machine that is taken away with a minute's notice, and hours of updates with it; an update
+    that is lost, or taken twice; a second SIGTERM that is not heard either."""
+    train_loop.main(command)
+    again, gradient = [a.replace("/run", "/killed") for a in command] + extra, train_loop.gradient
+
+    def until(call, times=1):
+        """Runs on until SIGTERM comes in the middle of this call of `gradient`."""
+        calls = []
+
+        def asked(*args):
+            calls.append(args)
+            for _ in range(times * (len(calls) == call)):
+                signal.raise_signal(signal.SIGTERM)
+            return gradient(*args)
+        before = signal.signal(signal.SIGTERM, train_loop.ends._terminate)
+        monkeypatch.setattr(train_loop, "gradient", asked)
+        try:
+            with pytest.raises(train_loop.ends.Terminated) as end:
+                train_loop.main(again)
+            assert signal.getsignal(signal.SIGTERM) == train_loop.ends._terminate
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            monkeypatch.setattr(train_loop, "gradient", gradient)
+        states = tmp_path.glob("killed/iter_*/state/*")
+        return str(end.value), [str(f.relative_to(tmp_path / "killed")) for f in states], len(calls)
+
+    assert until(1, times=2) == ("", [], 1)  # at once: in the middle of an update
+    line = "the same command goes on after update {} of 2 of iteration {}".format
+    assert until(1) == (line(1, 1), ["iter_1/state/000001"], 2)  # the first measures optimism, too
+    assert until(4) == (line(2, 2), ["iter_2/state/000002"], 4)  # the last one
+    train_loop.main(again)
+    expected, got = files_of(tmp_path / "run"), files_of(tmp_path / "killed")
+    assert list(got) == list(expected)
+    assert [name for name in got if got[name] != expected[name]] == []
+
+
+def test_a_sigterm_behind_the_last_update_is_not_lost():
+    """A command that goes on for hours although it was told to end: the next phase forgets it."""
+    with pytest.raises(train_loop.ends.Terminated):
+        with train_loop.ends.sigterm_waits():
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_training(
         command, tmp_path, monkeypatch, capsys):
     """Hours of training lost to a full disk, for the sake of not losing them."""

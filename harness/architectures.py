@@ -1,24 +1,95 @@
-"""Which sampler is right for this architecture: slots (sample.py), or transformers' own generate?
+"""Are our short cuts right for this architecture? Asked before a run, in the weights at hand.
 
 Architectures cap attention scores, keep windows in masks of their own, add position biases, have a
-state instead of a cache. Slots would then give other tokens, without a sign. So before a model is
-sampled, a few tokens behind two prompts, one short and one longer than any attention window, are
-compared with plain forward passes under eager attention, transformers' most faithful.
+state instead of a cache. Packed rows and slots would then give other numbers, without a sign. So a
+few log-probs of the packed forward pass, and a few tokens sampled behind a short prompt and behind
+one longer than any attention window, are compared with plain forward passes under eager attention,
+transformers' most faithful.
 
-Test: pytest tests/test_architectures.py tests/test_sample.py.
+    self_check        log-probs as model.py packs them, or plain rows: right, or refused
+    choose_sampler    slots (sample.py), slots under eager attention, or the model's own generate
 
-Legend: n prompts, V vocabulary.
+Test: pytest tests/test_architectures.py tests/test_model.py tests/test_sample.py.
+
+Legend: R responses, n prompts, V vocabulary.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 import sample
+from harness.ends import one_line
 
 TRIAL_STEPS = 5
+
+
+# ----------------------------------------------------------------------------------------------
+# 1. Log-probs
+# ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def self_check(policy, make_batch, trees, max_length=0, packed=True):
+    """Compares our log-probs with the model's own logits under eager attention, one response at a
+    time. Returns the largest difference in nats; ValueError if it is more than rounding.
+
+    Some architectures ignore position_ids, mix tokens outside attention (Mamba), keep a window in
+    the mask that we never build, or scale their logits (Granite, Cohere); log-probs would then be
+    wrong without a sign. make_batch: data.pack, or data.pad for packed=False. trees: a few short
+    ones; one that outgrows every attention window is added, so a short row is also seen beside a
+    long one. Runs in the weights' dtype, without autocast, before sharding.
+    """
+    model, prompt = policy.causal_lm, trees[0].prompt_ids
+    attention, autocast_dtype = model.config._attn_implementation, policy.autocast_dtype
+    advice = "use --plain-rows" if packed else "this architecture is not supported"
+    length = min(probe_length(model.config, max_length), max_length - len(trees[0].responses[0]))
+    if length > len(prompt):
+        trees = [*trees, replace(trees[0], prompt_ids=(prompt * length)[:length])]
+    rows = [(tree.prompt_ids, response) for tree in trees for response in tree.responses]
+    try:
+        policy.autocast_dtype = None
+        logps = policy(make_batch(trees).to(model.device))  # (R,)
+        model.set_attn_implementation("eager")  # knows every architecture's caps, sinks and windows
+        expected = torch.stack([_alone(model, *row) for row in rows])
+    except Exception as reason:  # whatever a library may raise
+        raise ValueError(f"{type(model).__name__} cannot run our forward pass "
+                         f"({one_line(reason)}); {advice}") from None
+    finally:
+        policy.autocast_dtype = autocast_dtype
+        model.set_attn_implementation(attention)
+    error = (logps - expected).abs().max().item()
+    tolerance = (1e-4 if model.dtype == torch.float32 else 0.05) * max(len(y) for _, y in rows)
+    if not error <= tolerance:  # also catches NaN
+        raise ValueError(f"{type(model).__name__}: our log-probs and the model's differ by "
+                         f"{error:.2g} nats (at most {tolerance:.2g} is rounding); {advice}")
+    return error
+
+
+def _alone(model, prompt_ids, response):
+    """log pi(y|x), a scalar, by one forward pass of the unmodified model over one row."""
+    ids, n = torch.tensor([prompt_ids + response], device=model.device), len(response)
+    lm_logits = model(ids, use_cache=False).logits[0, -n - 1:-1].float()  # (n, V)
+    return lm_logits.log_softmax(-1).gather(1, ids[0, -n:, None]).sum()
+
+
+def probe_length(config, max_length):
+    """Tokens of a row that outgrows every attention window which a row of max_length can outgrow.
+
+    Windows have many names (sliding_window, window_size, attention_chunk_size); a number that is
+    taken for one by mistake only makes the row longer than it need be.
+    """
+    windows = [value for name, value in config.get_text_config().to_dict().items()
+               if ("window" in name or "chunk" in name) and isinstance(value, int)]
+    return min(16 + max((w for w in windows if w < max_length), default=0), max_length)
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Samples
+# ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -27,7 +98,7 @@ def choose_sampler(model, ids, length, say=print):
     arguments) where slots are not right. May set the model's attention to eager; `say` gets a line
     about anything but the ordinary case. ValueError where neither is right.
 
-    ids: any prompt's, to make the two of; length: of the longer one, see model.probe_length.
+    ids: any prompt's, to make the two of; length: of the longer one, see probe_length.
     """
     length = min(length, sample.context_length(model.config) - TRIAL_STEPS)
     prompts = sorted((ids[:3], (ids * length)[:length]), key=len)  # as make_slots sorts them

@@ -1,0 +1,78 @@
+"""What is SELM for? Three panels from numbers that other commands have made.
+
+    python experiments/regret.py; python experiments/mechanism.py; python train_loop.py
+    python experiments/what_for.py             seconds; draws experiments/results/what_for.png
+
+Left: where a good answer is rare, alpha = 0 waits for chance (regret.py). Middle: what optimism is
+worth follows how bad the habit is that it pushes down (mechanism.py, b). Right: the default run,
+whose habit is bad on purpose.
+Test: pytest tests/test_experiments.py.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import mechanism
+import regret
+from common import errorbars, plain_logs
+from matplotlib import pyplot as plt
+
+from harness import plots
+from harness.report import rows_of
+
+HERE = Path(__file__).parent
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="What is SELM for? One figure.")
+    parser.add_argument("--run-dir", type=Path, default=HERE.parent / "runs" / "toy",
+                        help="of the default run")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    args = parser.parse_args(argv)
+    figure, axes = plt.subplots(1, 3, figsize=(17, 4.8))
+    numbers = {name: json.loads((args.results / f"{name}.json").read_text())
+               for name in ("regret", "mechanism")}
+    titles = (draw_regret(axes[0], numbers["regret"]), draw_habit(axes[1], numbers["mechanism"]),
+              draw_run(axes[2], args.run_dir))
+    for axis, title in zip(axes, titles):
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    figure.tight_layout(w_pad=2)
+    figure.savefig(args.results / "what_for.png", dpi=110)
+
+
+def draw_regret(axis, results):
+    for arm in ("DPO", "SELM"):
+        regret.line(axis, {int(t): row for t, row in results["arms"][arm]["curve"].items()}, arm,
+                    color=regret.COLOURS[arm])
+    axis.set(xscale="log", yscale="log", xlabel="round", ylabel="regret, summed up")
+    plain_logs(axis.xaxis, axis.yaxis)
+    return (f"A good answer of probability 1e-4 in a bandit ({len(results['seeds'])} seeds):\n"
+            "DPO waits for chance to show it, SELM looks for it.")
+
+
+def draw_habit(axis, results):
+    mechanism.draw_gains(axis, results)
+    return (f"Eight toy worlds ({len(results['seeds'])} seeds): optimism gains where the habit is\n"
+            "bad, costs where it is good (far left, after 3: three runs broke down).")
+
+
+def draw_run(axis, run_dir):
+    runs = plots.find_runs(run_dir)
+    for arm in ("DPO", "SELM"):
+        by_iteration = {}
+        for name, folder in runs:
+            for row in rows_of(plots.home_of(folder), "eval")[:1] * (name == arm == "DPO") + (
+                    rows_of(folder, "eval") if name == arm else []):
+                by_iteration.setdefault(row["iteration"], {})[folder] = row["true_reward"]
+        errorbars(axis, list(by_iteration), [list(r.values()) for r in by_iteration.values()], arm,
+                  color=regret.COLOURS[arm])
+    axis.set(xlabel="iteration", ylabel="true reward", xticks=list(by_iteration))
+    return ("The default run (5 seeds), whose habit is bad on\n"
+            "purpose: both learn, SELM a little more.")
+
+
+if __name__ == "__main__":
+    main()
