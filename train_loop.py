@@ -37,7 +37,7 @@ from tqdm import tqdm
 import data
 import rank
 import selm
-from harness import duel, outside, page, plots, prepare, report, rundir, scale, track, weights
+from harness import duel, outside, page, plan, plots, prepare, report, rundir, scale, track, weights
 from harness import settings as flags
 from harness.evaluate import evaluation, ranking
 from harness.scale import PROCESS, PROCESSES, gather, say
@@ -427,7 +427,10 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     settings = flags.read(argv)
     if settings.dry_run:
-        return say(flags.plan(settings, *prepare.count_prompts(settings)))
+        prompts, source = prepare.count_prompts(settings)
+        say(flags.plan(settings, prompts, source))
+        return say(plan.describe(settings, prompts))
+    settings = plan.fitted(settings)
     weights.keep_freed_memory()
     if settings.variant:
         torch.set_num_threads(1)  # on matrices this small a second thread only waits for the first

@@ -16,8 +16,11 @@ Test: pytest tests/test_plan.py.
 """
 
 import functools
+import math
 import os
 import random
+import urllib.error
+import urllib.request
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +37,7 @@ import model as policies
 import sample
 import selm
 from harness import scale, weights
+from harness.ends import one_line
 from harness.scale import PROCESSES, say
 
 CARDS, ROOM = (24, 48, 80, 141), 0.92  # GB of the usual cards; the share that a run may fill
@@ -301,3 +305,96 @@ def remedy(s, room):
             return (f"it fits with {' '.join(flags)} on {processes} GPUs (torchrun "
                     f"--nproc-per-node {processes})")
     return "no flag makes it fit: take a smaller model, or shorter rows (--max-length)"
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. What --dry-run prints
+# ----------------------------------------------------------------------------------------------
+
+FLOPS = {"cuda": 4e14, "cpu": 1e11}  # a second, of matrix products inside a training step
+
+
+def describe(s, prompts):
+    """The lines of the memory plan. prompts: how many there are, or None."""
+    processes, place = s.processes or PROCESSES, "GPU" if s.device == "cuda" else "process"
+    if s.variant:
+        return "memory  the toy needs less than 1 GB"
+    try:
+        find_config(s.model)
+        table = phases(replace(s, offload=bool(s.offload)), processes)
+    except (ValueError, NotImplementedError) as reason:
+        return f"memory  no plan: {reason}"
+    cells = [("GB", "weights", "gradient", "optimiser", "activations", "other", place, "host")]
+    cells += [(name, *(f"{x / 1e9:.2f}" for x in (
+        p.weights, p.gradient, p.optimiser, p.activations, p.other, p.device, p.host)))
+        for name, p in table.items()]
+    lines = ["        ".join(("memory", ""))[:8] + f"of each {place}, and of the host for all "
+             f"{processes}: {s.dtype}{', --offload' * bool(s.offload)}; GB are 10^9 bytes"]
+    lines += ["        " + "".join(f"{x:<12}" for x in row).rstrip() for row in cells]
+    return "\n".join(lines + [f"        {line}" for line in notes(s, processes)]
+                     + times(s, prompts, processes))
+
+
+def find_config(path):
+    """ValueError, soon, where neither this machine nor the hub has its config.json: the hub's own
+    client would go on trying for half a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    if os.path.exists(path) or try_to_load_from_cache(path, "config.json"):
+        return
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
+    except urllib.error.HTTPError:
+        return  # it answers
+    except OSError as reason:
+        raise ValueError(
+            f"it needs {path}'s config.json, and the hub cannot be reached ({one_line(reason)}); "
+            "plan it where it can, or put that file into a folder and give --model FOLDER "
+            "(no weights needed)") from None
+
+
+def notes(s, processes):
+    """Of what the table adds up, and on which cards it fits."""
+    vocabulary = weights.load_config(s.model).vocab_size
+    cache = sampling(s.model, s.compute, (s.max_prompt_length, s.max_length), s.slots)[1]
+    other = replace(s, gradient_checkpointing=not s.gradient_checkpointing)
+    flag = f"--{'no-' * s.gradient_checkpointing}gradient-checkpointing"
+    yield (f"in it: {s.slots} KV slots {cache / 1e9:.2f}, log-prob chunk "
+           f"{512 * vocabulary * 4 / 1e9:.2f}, judge {judging(s.ranker, s.device)[0] / 1e9:.2f}; "
+           f"with {flag} activations of {phases(other, processes)['training'].activations / 1e9:.2f}")
+    if s.device == "cuda":
+        for offload in (False, True) if s.offload is None else (s.offload,):
+            at = replace(s, offload=offload)
+            needed, phase = need(at, processes)
+            fits = next((f"{size} GB" for size in CARDS if needed <= ROOM * size * 1e9), None)
+            yield (f"with{'' if offload else 'out'} --offload: {needed / 1e9:.1f} GB ({phase}); the "
+                   f"smallest usual card, {100 * ROOM:.0f} % of it filled: "
+                   + (fits or f"none; {remedy(at, ROOM * CARDS[-1] * 1e9)}"))
+
+
+def times(s, prompts, processes):
+    """Hours of one iteration, were every row as long as it may be."""
+    per = min([x for x in (prompts and prompts // s.iterations, s.prompts_per_iteration) if x],
+              default=None)
+    if per is None:
+        return []
+    n = passes(s.model, s.compute, micro_batch(s), bool(s.offload) or processes > 1).weights
+    layers, speed = weights.load_config(s.model).num_hidden_layers, FLOPS[s.device] * processes
+    tokens = per * trees_of(1, *micro_batch(s)[1:])[0].size.tokens
+    factor = (4 if s.lora_rank else 6) + 2 * s.gradient_checkpointing
+    training = factor * n * tokens * s.epochs / speed
+    if s.offload:  # AdamW reads and writes 28 bytes a weight, 8 more go to the device and back
+        training += math.ceil(per / s.batch_size) * s.epochs * 36 * n / 50e9
+    new = min(s.max_new_tokens, s.max_length - s.max_prompt_length)
+    steps = per * s.responses_per_prompt * new / s.slots / processes
+    step = 1e-3 * layers if s.device == "cuda" else 2 * n * s.slots / FLOPS["cpu"]
+    lines = [f"time    of an iteration, if all rows are full: training {training / 3600:.1f} h, "
+             f"reference {2 * n * tokens / speed / 3600:.1f} h, sampling {steps * step / 3600:.1f} h",
+             f"        at {FLOPS[s.device] / 1e12:g} TFLOP/s a {'GPU' if layers and s.device == 'cuda' else 'process'}"
+             f"{', 50 GB/s of host memory' * bool(s.offload)} and {step * 1e3:.0f} ms for a token of all slots"]
+    if s.device == "cuda":
+        lines.append(f"        (1 ms a layer: plain transformers waits for its launches. With {s.slots} "
+                     "slots a 7B model\n        is about an order of magnitude slower so than in an "
+                     "engine such as vLLM: --samples-from)")
+    return lines

@@ -41,7 +41,7 @@ LEAVES = (CONFIG, FINISHED, METRICS, LOCK, "report.md", "report.html", "figures"
           "seed_*", "*.tmp", "*.part*", "*.unfinished", ".deleted-*")
 JUDGED = ("pairs.jsonl*", "scores*.jsonl", "eval.jsonl*")
 # Settings that change no number, or that made_from tells better.
-NO_DIFFERENCE = ("fresh", "dry_run", "track", "run_dir", "baseline", "seeds", "slots", "save_every",
+NO_DIFFERENCE = ("fresh", "dry_run", "processes", "track", "run_dir", "baseline", "seeds", "slots", "save_every",
                  "data", "tokens_per_forward", "compile", "model", "ranker", "eval_ranker",
                  "chat_template", "name")
 

@@ -124,7 +124,7 @@ class Settings:
     gradient_checkpointing: bool
     compile: bool
     plain_rows: bool
-    offload: bool
+    offload: bool | None  # None: where a GPU is too small without it
     device: str
     dtype: str
     save_dtype: str
@@ -133,6 +133,7 @@ class Settings:
     baseline: bool
     track: str | None
     dry_run: bool
+    processes: int | None
     fresh: bool
     variant: str | None  # of the toy world
     name: str  # of the recipe or the model
@@ -225,8 +226,8 @@ FLAGS = {
         "tokens-per-forward": dict(type=int, help="budget of a micro-batch; memory grows with it"),
         "slots": dict(type=int, help="responses sampled side by side"),
         "gradient-checkpointing": dict(action=YES_OR_NO, help="recompute layers in backward"),
-        "offload": dict(action="store_true", help="fp32 master weights and optimiser in host "
-                        "memory, where a GPU is too small for them"),
+        "offload": dict(action=YES_OR_NO, help="fp32 master weights and optimiser in host memory; "
+                        "by itself where a GPU is too small without"),
         "compile": dict(action="store_true", help="torch.compile the layers"),
         "plain-rows": dict(action="store_true", help="pad instead of packing, for architectures "
                            "that cannot do it"),
@@ -245,7 +246,9 @@ FLAGS = {
         "baseline": dict(action=YES_OR_NO, help="also run alpha = 0 from the same start and seeds"),
         "track": dict(choices=["trackio", "wandb", "tensorboard"], help="show the rows of "
                       "metrics.jsonl, as they come, in one of these, if it is installed"),
-        "dry-run": dict(action="store_true", help="print the plan and stop; loads no weights"),
+        "dry-run": dict(action="store_true", help="print the plan, of memory too, and stop; loads "
+                        "no weights. Without a GPU it is that of one, unless --device cpu"),
+        "processes": dict(type=int, help="of torchrun, that --dry-run plans for"),
         "fresh": dict(action="store_true", help="delete the run in --run-dir and start over")}}
 
 
@@ -287,7 +290,10 @@ def complete(given):
     if given["run_dir"] == "":
         raise ValueError("--run-dir: the name is empty")
     device = values.get("device") or (
-        "cuda" if torch.cuda.is_available() and not values["variant"] else "cpu")
+        "cuda" if (torch.cuda.is_available() or values.get("dry_run")) and not values["variant"]
+        else "cpu")
+    if device == "cpu":
+        values["offload"] = bool(values.get("offload"))
     values |= {"name": name, "run_dir": Path(given["run_dir"] or Path("runs") / name),
                "device": device, "lr": tuple(values["lr"]),
                "dtype": values.get("dtype") or ("bf16" if device == "cuda" else "fp32"),
@@ -309,13 +315,13 @@ RANGES = {"alpha": (0, 1e3, False), "beta": (0, 1e3, True), "lr": (0, 10, True),
           "eval_prompts": (0, 2**31, False)}
 RANGES |= {name: (1, 2**31, False) for name in (
     "prompts_per_iteration", "batch_size", "max_length", "max_prompt_length", "max_new_tokens",
-    "tokens_per_forward", "slots")}
+    "tokens_per_forward", "slots", "processes")}
 
 
 def check_numbers(values):
     """Every number in its range, before anything else is done with it. Errors: ValueError."""
     for name, (low, high, above) in RANGES.items():
-        value = values[name]
+        value = values.get(name)
         numbers = value if isinstance(value, (list, tuple)) else [value]
         for number in numbers:
             if number is not None and not (low < number <= high or number == low and not above):
@@ -354,7 +360,10 @@ def check(settings, own_data):
          f"--track {settings.track}: it is not installed; pip install {settings.track}"),
         (not ("human" in (settings.ranker, settings.eval_ranker) and processes > 1),
          "--ranker human: judge in a single process"),
-        (settings.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here")]
+        (settings.dry_run or not settings.processes, "--processes is what --dry-run plans for; "
+         "torchrun --nproc-per-node N starts N"),
+        (settings.dry_run or settings.device != "cuda" or torch.cuda.is_available(),
+         "--device cuda: no GPU here")]
     for fine, message in checks:
         if not fine:
             raise ValueError(message)
