@@ -234,7 +234,7 @@ def phases(s, processes=PROCESSES):
     work = c * (2 * p.rest + 3 * p.largest) + 8 * p.largest if sharded else 0
     # glibc's heap keeps the hole of a gradient that was freed, and activations fill a part of it.
     holes = 3 * m / processes if s.device == "cpu" else 0
-    host = 4 * n  # process 0 alone loads, and saves, all weights
+    host = 4 * n * (s.device == "cuda")  # process 0 alone loads, and saves, all weights
     if s.offload:
         whole = processes == 1  # weights and gradient stay on the device for a whole update
         host = max(2 * host, 4 * n + 12 * m)
