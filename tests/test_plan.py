@@ -52,11 +52,11 @@ def train(hidden, layers, extra):
                 num_hidden_layers=layers, num_attention_heads=8,
                 num_key_value_heads=4).save_pretrained(folder)
     s = settings.read(["--model", folder, "--data", "x", "--ranker", "human", "--device", "cpu",
-                       "--max-length", "128", "--max-prompt-length", "64", "--batch-size", "4",
-                       "--tokens-per-forward", "512", *extra]).at(1)
+                       "--max-length", "128", "--max-prompt-length", "64", "--batch-size", "2",
+                       "--tokens-per-forward", "256", *extra]).at(1)
     rows = Pairs(dict(prompt_id=str(i), prompt_ids=[3] * 64, dropped=None, chosen=0, rejected=1,
                       sampled=[2], candidates=[dict(ids=[4 + j] * 64) for j in range(3)])
-                 for i in range(8))
+                 for i in range(4))
     lessons = train_loop.Lessons(rows, s.model, s)
     lessons.reference = Reference(
         (row["prompt_id"], row) for row in list(train_loop.reference_logps(rows, lessons)))
