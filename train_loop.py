@@ -70,9 +70,11 @@ def self_explore(run, start, settings):
         pairs = once(here / "pairs.jsonl", rank_candidates, portion, samples, start, s)
         # log pi_ref of every response that the loss needs, before the first update
         lessons = Lessons(pairs, policy if s.reference == "previous" else start.policy, s)
-        lessons.reference = once(here / "reference.jsonl", reference_logps, pairs, lessons)
+        lessons.reference = once(here / "reference.jsonl", reference_logps, pairs, lessons,
+                                 made_with=[s.tokens_per_forward, PROCESSES])
         # the SELM loss, one epoch; the new policy is the next reference
         policy = once(here / "policy", train, policy, lessons, start.chat, run)
+        shutil.rmtree(here / "state", ignore_errors=True)  # checkpoints: not before it is recorded
 
         evaluate(run, here, policy, start, s)
         run.log([{"iteration": k, "phase": "rank", **ranking(pairs, s.max_new_tokens)}])
@@ -203,7 +205,6 @@ def train(path, start, lessons, chat, run):
     run.log(history)
     weights.save_policy(policy, chat.tokenizer, path, chat.stop_ids, (
         weights.stored_dtype(start) if s.save_dtype == "start" else torch.float32))
-    shutil.rmtree(state, ignore_errors=True)
 
 
 def evaluate(run, here, policy, start, s):
@@ -304,6 +305,7 @@ class Lessons:
     def policy(self, path):
         """The policy at `path`, ready to train; the reference pass and training share one."""
         if self.loaded[0] != path:
+            self.loaded = None, None  # before the next one takes its memory
             # LoRA's random half: the same on all processes, and after a kill.
             torch.manual_seed(stream(self.s.seed, self.s.iteration))
             self.loaded = path, weights.load_policy(path, self.s.compute)

@@ -1,6 +1,6 @@
 """How a command ends: one clear line for what a user can mend, a traceback for what we must.
 
-Imported before anything slow, so that Ctrl-C is one line at any moment. Exit codes: 0 done, 1 an
+train_loop.py imports it before anything slow: there Ctrl-C is one line at any moment. Exit codes: 0 done, 1 an
 error, 2 a wrong command line, 130 Ctrl-C, 143 SIGTERM (for which training finishes its update).
 """
 
@@ -13,7 +13,7 @@ GOES_ON = "the same command goes on after the last finished phase"
 HINTS = {"No space left": ". Finished phases are kept: free some space and run the same command "
                           "again"}
 OUT_OF_MEMORY = (". Finished phases are kept: lower --tokens-per-forward (training) or --slots "
-                 "(sampling), or try --gradient-checkpointing or --lora-rank")
+                 "(sampling), or add --gradient-checkpointing or --offload")
 
 
 def one_line(error):

@@ -80,7 +80,7 @@ def load_judge(spec, device="cpu", tokens_per_forward=8192, oracle=None, seed=0,
         return judge(functools.partial(ask_you, seed=seed), prompts_a_call=1)
     if spec == "oracle" and oracle:
         return judge(oracle, prompts_a_call=1000)
-    why = "the oracle belongs to the toy world; use" if spec == "oracle" else "not one of "
+    why = "the oracle belongs to the toy world; use" if spec == "oracle" else "not one of"
     raise ValueError(f"--ranker {spec}: {why} {SPECS}")
 
 

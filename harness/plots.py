@@ -127,7 +127,7 @@ def duel_results(runs):
 
 def implicit_differences(runs):
     """{iteration: {"data_chosen": differences, "data_rejected": ...}}: the implicit reward beta *
-    log(pi / pi_ref) under SELM minus that under DPO, prompt by prompt; pi_ref cancels."""
+    log(pi / pi_start) under SELM minus that under DPO, prompt by prompt; pi_start cancels."""
     folders, found = [folder for _, folder in runs], {}
     for home in folders:
         if home / "baseline" not in folders:
@@ -288,7 +288,7 @@ def draw_implicit(runs, path):
         axis.set_xlabel("% of prompts, each curve sorted", fontsize=8)
         axis.set_ylabel("SELM minus DPO, beta x nats", fontsize=8)
     n = len(found[max(found)]["data_chosen"])
-    return save(figure, path, "Implicit reward beta log pi(y|x) / pi_ref(y|x) of the data's own "
+    return save(figure, path, "Implicit reward beta log pi(y|x) / pi_start(y|x) of the data's own "
                 f"responses to held-out prompts, SELM minus DPO\n{n} prompts, all seeds together; "
                 "dashed: the mean")
 

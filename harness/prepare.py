@@ -7,6 +7,7 @@ the same things, and what only a world knows: the true measures. Nothing else as
 Test: pytest tests/test_train_loop.py.
 """
 
+import datetime
 import functools
 import hashlib
 import json
@@ -19,9 +20,11 @@ import torch
 import data
 import model as policies
 import sample
-from harness import architectures, judges, rows, settings as flags, template, toy, weights
+from harness import architectures, judges, rows, rundir, settings as flags, template, toy, weights
 from harness.rundir import Run, fingerprint
 from harness.scale import PROCESS, only_first, say
+
+DATE = "date that the chat template writes"
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class Start:
     def judging(self, here, held_out=False):
         """The judge of one phase. Its scores are kept there as they come, so that one which fails
         half way loses nothing; your own answers serve all arms, and stay."""
-        judge = self.eval_judge if held_out and self.eval_judge else self.judge
+        judge = self.judge
+        if held_out:  # --length-penalty is for training
+            judge = replace(self.eval_judge or judge, length_penalty=0.0)
         kept = self.run.folder / "human_answers.jsonl" if judge.name == "human" else (
             here / f"scores{PROCESS}.jsonl")
         return functools.partial(judge, kept=judges.Kept(kept))
@@ -83,8 +88,9 @@ def read_inputs(s):
     names = [("--model", s.model), ("--data", s.data), ("--chat-template", s.chat_template)]
     names += [("--ranker", part) for part in s.ranker.split(":")]
     names += [("--eval-ranker", part) for part in (s.eval_ranker or "").split(":")]
-    inputs = Inputs(load(s.ranker), judged_by(s), [(f, name) for f, name in names if name], chat,
+    inputs = Inputs(load(s.ranker), {}, [(f, name) for f, name in names if name], chat,
                     eval_judge=load(s.eval_ranker) if s.eval_ranker else None)
+    inputs = replace(inputs, made_from=judged_by(s, inputs))
     return inputs if s.variant else with_data(inputs, s)
 
 
@@ -103,7 +109,9 @@ def with_data(inputs, s):
     sampler = check_model(s, chat, records)
     template = hashlib.sha256(chat.tokenizer.chat_template.encode()).hexdigest()[:16]
     made_from = {"model": source(s.model), "data": digest(records, held_out),
-                 "chat template": template, **judged_by(s)}
+                 "chat template": template, **judged_by(s, inputs)}
+    if "strftime_now" in chat.tokenizer.chat_template:
+        made_from[DATE] = chat.today.isoformat()
     return replace(inputs, judge=judge, made_from=made_from, sampler=sampler, records=records,
                    held_out=held_out)
 
@@ -120,7 +128,9 @@ def read_model(s):
             f"{s.model}: the tokenizer knows {len(tokenizer)} tokens, the model only "
             f"{config.vocab_size}; if tokens were added to it, call model.resize_token_embeddings("
             "len(tokenizer)) once and save the model, else the two do not belong together")
-    chat = template.ChatFormat(tokenizer, weights.model_stop_ids(s.model))
+    day = None if s.fresh else rundir.made_from(s.run_dir).get(DATE)
+    chat = template.ChatFormat(tokenizer, weights.model_stop_ids(s.model),
+                               day and datetime.date.fromisoformat(day))
     if chat.note:
         say(f"{s.model}: {chat.note}")
     return chat
@@ -164,7 +174,7 @@ def check_model(s, chat, records):
 def count_prompts(s):
     """(how many rows a run would train on, or None; where the number comes from), for --dry-run."""
     if s.variant:
-        return s.iterations * s.prompts_per_iteration, "made on the spot"
+        return toy.TRAIN_ROWS, "made on the spot"
     if Path(s.data).exists():
         return len(read_data(s)[0]), "counted, without held-out rows"
     if s.data in flags.KNOWN_PROMPTS:
@@ -193,16 +203,20 @@ def source(name):
     return {name: getattr(weights.load_config(name), "_commit_hash", None)}
 
 
-def judged_by(s):
-    return {"judge": judge_source(s.ranker),
-            "judge of the evaluation": judge_source(s.eval_ranker) if s.eval_ranker else None}
+def judged_by(s, inputs):
+    return {"judge": judge_source(s.ranker, inputs.judge), "judge of the evaluation": (
+        judge_source(s.eval_ranker, inputs.eval_judge) if s.eval_ranker else None)}
 
 
-def judge_source(spec):
-    """The same of a judge: file.py:function, pairrm[:ID], reward:ID, or a name."""
+def judge_source(spec, judge):
+    """The same of a judge: file.py:function and what it has imported from beside it, pairrm[:ID],
+    reward:ID, or a name."""
     kind, _, rest = spec.partition(":")
     if kind.endswith(".py"):
-        return fingerprint(kind) | {"function": rest}
+        imported = {name: fingerprint(module.__file__)[""] for name, module in
+                    sorted(judge.score.modules.items()) if name != Path(kind).stem
+                    and getattr(module, "__file__", None)}
+        return fingerprint(kind) | {"function": rest} | imported
     return {kind: fingerprint(rest) if rest and Path(rest).exists() else rest}
 
 

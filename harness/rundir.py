@@ -27,7 +27,7 @@ import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from harness.scale import PROCESS, PROCESSES, barrier, checksum, only_first, say, told
+from harness.scale import PROCESS, PROCESSES, checksum, gather, only_first, say, told
 
 try:
     import fcntl
@@ -42,7 +42,7 @@ LEAVES = (CONFIG, FINISHED, METRICS, LOCK, "report.md", "report.html", "figures"
 JUDGED = ("pairs.jsonl*", "scores*.jsonl", "eval.jsonl*")
 # Settings that change no number, or that made_from tells better.
 NO_DIFFERENCE = ("fresh", "dry_run", "processes", "track", "run_dir", "baseline", "seeds", "slots", "save_every",
-                 "data", "tokens_per_forward", "compile", "model", "ranker", "eval_ranker",
+                 "gradient_checkpointing", "offload", "data", "tokens_per_forward", "compile", "model", "ranker", "eval_ranker",
                  "chat_template", "name")
 
 # ----------------------------------------------------------------------------------------------
@@ -142,20 +142,21 @@ class Run:
     def __init__(self, folder, tracker=None):
         self.folder, self.checked, self.tracker = Path(folder), set(), tracker
 
-    def once(self, path, phase, *args):
+    def once(self, path, phase, *args, made_with=None):
         """What `phase` leaves at `path`: read if it is finished, else made; all processes agree.
 
         A .jsonl path: phase(items, *args) yields a row for each of items, in order. It gets a
         generator of the items of this process that a killed try did not finish; returns Rows.
-        Any other path: phase(path, *args) writes it; returns the path.
+        Any other path: phase(path, *args) writes it; returns the path. made_with: a JSON value;
+        what was made with another one is made again.
         """
-        if not told(PROCESS > 0 or self._whole(path)):
+        if not told(PROCESS > 0 or self._whole(path, made_with)):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".jsonl":
                 self._write_rows(path, phase, *args)
             else:
                 phase(path, *args)
-            only_first(self._record, path)
+            only_first(self._record, path, made_with)
         return Rows(path) if path.suffix == ".jsonl" else path
 
     def log(self, rows):
@@ -191,14 +192,15 @@ class Run:
         path = self.folder / FINISHED
         return read_record(path) if path.exists() else {}
 
-    def _whole(self, path):
-        """Whether `path` is finished and still what it was when it was finished."""
+    def _whole(self, path, made_with):
+        """Whether `path` is finished, with these settings, and still what it was then."""
         name = self._name(path)
         if name in self.checked:
             return True
         known = self._finished().get(name)
-        if known is None:
+        if known is None or known.get("made with", made_with) != made_with:
             return False
+        known = {key: value for key, value in known.items() if key != "made with"}
         if not path.exists() or known != describe(path):
             what = "is not what this run wrote there" if path.exists() else "is gone"
             say(f"warning: {path} {what}; it is made again")
@@ -206,25 +208,35 @@ class Run:
         self.checked.add(name)
         return True
 
-    def _record(self, path):
-        """Enters a finished file. What was made after it from another version of it is void."""
+    def _record(self, path, made_with):
+        """Enters a finished file. What was made after it from another version of it is void: other
+        files, rows of an unfinished one, a checkpoint inside training."""
         name, entry, finished = self._name(path), describe(path), self._finished()
+        entry |= {} if made_with is None else {"made with": made_with}
         if name in finished and finished[name] != entry:
             finished = dict(list(finished.items())[:list(finished).index(name)])
             self.checked.clear()
+            for part in [*self.folder.glob("*/*.part*"), *self.folder.glob("*/state")]:
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
         write_text(self.folder / FINISHED, json.dumps(finished | {name: entry}, indent=1))
         self.checked.add(name)
 
     def _write_rows(self, path, phase, items, *args):
         part = path.with_name(f"{path.name}.part{PROCESS}of{PROCESSES}")
+        failure = None
         with open(part, "a+b") as file:
             done = keep_whole_lines(file)
             share = (items[i] for i in range(PROCESS + done * PROCESSES, len(items), PROCESSES))
-            for row in phase(share, *args):
-                file.write(line_of(row).encode())
-                file.flush()
-            os.fsync(file.fileno())
-        barrier()
+            try:
+                for row in phase(share, *args):
+                    file.write(line_of(row).encode())
+                    file.flush()
+                os.fsync(file.fileno())
+            except (ValueError, OSError) as error:
+                failure = error
+        failures = [error for error in gather(failure) if error]  # one's error is an error of all
+        if failures:
+            raise failure or failures[0]
 
         def weave():
             parts = [open(path.with_name(f"{path.name}.part{p}of{PROCESSES}"), "rb")
@@ -317,7 +329,7 @@ def claim(folder, settings, made_from):
                 for name, value in settings.items()}
     if path.exists():
         known = read_record(path)
-        if "made_from" not in known:
+        if not {"made_from", "settings"} <= set(known):
             raise ValueError(f"{folder} holds a {CONFIG} that is not a run's; give another "
                              "--run-dir")
         changed = [f"{name} was {known['settings'].get(name)}, is {value}"
@@ -326,8 +338,8 @@ def claim(folder, settings, made_from):
         changed += [_difference(name, known["made_from"].get(name), value)
                     for name, value in made_from.items()
                     if known["made_from"].get(name) != value]
-        if changed and not (changed[-1].startswith("the judge") and len(changed) == 1
-                            and not any(map(any, map(folder.rglob, JUDGED)))):
+        judged = any(file.stat().st_size for name in JUDGED for file in folder.rglob(name))
+        if changed and (judged or not all(name.startswith("the judge") for name in changed)):
             raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); "
                              "give another --run-dir, or --fresh to delete it")
         if changed:  # a judge that failed before its first score has been mended
@@ -343,6 +355,12 @@ def claim(folder, settings, made_from):
         "settings": settings, "made_from": made_from, "command": sys.argv,
         "git_revision": git_revision(), "torch": torch.__version__,
         "transformers": transformers.__version__, "processes": PROCESSES}, indent=1))
+
+
+def made_from(folder):
+    """What the run in this folder was made from; {} where there is none yet."""
+    path = Path(folder) / CONFIG
+    return read_record(path).get("made_from", {}) if path.exists() else {}
 
 
 def _difference(name, was, now):
@@ -404,10 +422,10 @@ def delete_run(folder, files):
             raise ValueError(f"--fresh would delete {path}, which {flag} reads; give another "
                              "--run-dir")
     ours = (folder / CONFIG).exists() and "made_from" in read_record(folder / CONFIG)
-    strangers = [f.name for f in folder.iterdir() if not any(map(f.match, LEAVES))]
-    if not ours and ((folder / CONFIG).exists() or strangers):
+    strangers = [f.name for f in folder.iterdir() if f.name != LOCK]  # report.md may be anybody's
+    if not ours and strangers:
         raise ValueError(f"--fresh: {folder} does not look like a run (it holds "
-                         f"{(strangers or [CONFIG])[0]}); delete it yourself")
+                         f"{strangers[0]}); delete it yourself")
     # The record goes first, for half a deleted run must not be resumed; in one step, under a name
     # that nobody has.
     trash = Path(tempfile.mkdtemp(prefix=".deleted-", dir=folder))

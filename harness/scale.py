@@ -1,4 +1,4 @@
-"""Many processes that act as one: who am I, barrier, gather, agree; FSDP2, LoRA, checkpoints.
+"""Many processes that act as one: who am I, gather, agree; FSDP2, LoRA, checkpoints.
 
 torchrun starts PROCESSES copies of the command; each one works on its share, `items[PROCESS::
 PROCESSES]`, of every list. Whatever decides what happens next (does a file exist? is a number
@@ -81,11 +81,6 @@ def say(text):
     """Prints a line without breaking a progress bar; only one process speaks."""
     if PROCESS == 0:
         tqdm.write(text, file=sys.stdout)
-
-
-def barrier():
-    if PROCESSES > 1:
-        dist.barrier()
 
 
 def gather(value):

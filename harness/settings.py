@@ -286,7 +286,9 @@ def complete(given):
     if one_rate:  # a recipe's rates, cut or continued by its last one
         rates = tuple(values["lr"])
         values["lr"] = (rates + rates[-1:] * values["iterations"])[:values["iterations"]]
-    name = model if model in RECIPES else Path(model).resolve().name.removesuffix(".gguf").lower()
+    path = Path(model).resolve()  # runs/x/iter_3/policy -> x-iter_3-policy
+    name = "-".join(path.parts[-3:]) if path.name == "policy" else path.name
+    name = model if model in RECIPES else name.removesuffix(".gguf").lower()
     if given["run_dir"] == "":
         raise ValueError("--run-dir: the name is empty")
     device = values.get("device") or (

@@ -7,11 +7,14 @@ nobody says, an end token that is not eos) is settled or refused here.
 Test: pytest tests/test_templates.py.
 """
 
+import datetime
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
 
 
 class ChatFormat:
@@ -31,10 +34,15 @@ class ChatFormat:
     stop_ids  what ends a sampled response: end_id, eos, and `model_stop_ids` of generation_config
     bos_id    what texts begin with, or None; data.cut_prompt keeps it
     note      None, or what was done to make the template usable; the caller prints it
+    today     the date that a template writes which asks for one (Llama-3.2's). One for all of a run:
+              behind another date y would be no sample of the policy that is trained
     """
 
-    def __init__(self, tokenizer, model_stop_ids=()):
+    def __init__(self, tokenizer, model_stop_ids=(), today=None):
         self.tokenizer, self.switch, self.note = tokenizer, {}, None
+        self.today = today or datetime.date.today()
+        if "strftime_now" in tokenizer.chat_template:  # transformers asks the clock at each call
+            chat_template_utils.datetime = SimpleNamespace(now=lambda: self.today)
         added = {i: token for i, token in tokenizer.added_tokens_decoder.items()
                  if token.content.strip() not in ("", "<think>", "</think>")}  # "": runs of spaces
         self.marks = set(added)  # <|im_end|>, <|channel|>, ...

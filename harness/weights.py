@@ -50,6 +50,7 @@ def load_policy(path, compute):
 @functools.lru_cache(maxsize=2)  # an iteration's policy and the start
 def load_frozen(path, compute, attention):
     """To sample and to evaluate: weights in the compute dtype, whole on every process."""
+    gc.collect()  # a trained policy under FSDP: its hooks make cycles
     dtype = torch.bfloat16 if compute.dtype == "bf16" else torch.float32
     return load_model(path, dtype, compute.device, attention)
 
@@ -232,8 +233,7 @@ def _write_policy(model, state, tokenizer, folder, dtype):
                                  config.read_text()))
         tokenizer.save_pretrained(temporary)
         for file in filter(Path.is_file, temporary.rglob("*")):
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+            scale.flush(file)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     except Exception as error:  # safetensors has a class of its own for a full disk

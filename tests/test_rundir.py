@@ -268,3 +268,33 @@ def test_two_files_of_one_size_have_two_fingerprints_and_a_moved_one_keeps_its_o
 def test_control_characters_of_a_model_never_reach_the_terminal():
     """An escape sequence in a response that retitles the window or hides a line."""
     assert rundir.printable("a\x1b[31mred\x07\x9b1m\n\tb é 日") == "a[31mred1m\n\tb é 日"
+
+
+def test_what_was_made_after_another_version_of_a_file_is_void_unfinished_or_not(tmp_path):
+    """Training that goes on from a checkpoint of a policy that is no more; rows of a ranking of
+    other samples, kept because the next version of the samples is as long."""
+    run, made = Run(tmp_path), iter("ab")
+    here, items = tmp_path / "iter_1", [1, 2]
+
+    def rows(items):
+        text = next(made)
+        return ({"prompt_id": str(i), "text": text} for i in items)
+    run.once(here / "first.jsonl", rows, items)
+    (tmp_path / "iter_2/state/000001").mkdir(parents=True)
+    (here / "second.jsonl.part0of1").write_text('{"prompt_id": "1"}\n')
+    (here / "first.jsonl").unlink()
+    Run(tmp_path).once(here / "first.jsonl", rows, items)
+    assert not (tmp_path / "iter_2/state").exists()
+    assert sorted(path.name for path in here.iterdir()) == ["first.jsonl"]
+
+
+def test_what_was_made_with_other_settings_is_made_again(tmp_path):
+    """Reference log-probs of other micro-batches than those of the training that follows."""
+    made = []
+
+    def rows(items):
+        made.append(1)
+        return ({"prompt_id": str(i)} for i in items)
+    for budget, times in (([64, 1], 1), ([64, 1], 1), ([32, 1], 2), ([32, 1], 2)):
+        Run(tmp_path).once(tmp_path / "iter_1/x.jsonl", rows, [1], made_with=budget)
+        assert len(made) == times

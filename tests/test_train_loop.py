@@ -1,6 +1,7 @@
 """The loop itself: Algorithm 1 against the textbook, recipes, resuming, and what it refuses."""
 
 import functools
+import datetime
 import json
 import math
 import os
@@ -887,3 +888,64 @@ def test_a_second_command_in_the_same_folder_is_refused(command, tmp_path):
         result = subprocess.run([sys.executable, str(ROOT / "train_loop.py"), *command],
                                 capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "another command is at work" in result.stderr
+
+
+def test_a_template_that_writes_the_date_writes_one_date_in_all_of_a_run(command, tmp_path,
+                                                                         monkeypatch):
+    """A run that passes midnight: y sampled behind one prompt, trained behind another."""
+    class Day(datetime.date):
+        day = 1
+
+        @classmethod
+        def today(cls):
+            return cls(2026, 1, Day.day)
+    monkeypatch.setattr(template.datetime, "date", Day)
+    monkeypatch.setattr(template.chat_template_utils, "datetime", datetime.datetime)  # set anew
+    tokenizer = make_tokenizer()
+    (tmp_path / "dated.jinja").write_text(
+        "{{ strftime_now('%d') }}" + tokenizer.chat_template)
+    command += ["--chat-template", str(tmp_path / "dated.jinja"), "--iterations", "1"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as at_the_ranking:
+        at_the_ranking.setattr(train_loop, "rank_candidates", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_loop.main(command)
+    Day.day = 2
+    train_loop.main(command)
+    ids = {n: tokenizer(n, add_special_tokens=False)["input_ids"] for n in ("01", "02")}
+    assert ids["01"] != ids["02"]
+    for row in rows(tmp_path / "run/iter_1/pairs.jsonl"):
+        assert row["prompt_ids"][:len(ids["01"])] == ids["01"]
+
+
+def test_a_judge_whose_neighbour_file_has_changed_is_another_judge(command, tmp_path):
+    """One run, half of it judged by one rule and half by its opposite."""
+    (tmp_path / "rule.py").write_text("SIGN = 1\n")
+    (tmp_path / "judge.py").write_text(
+        "import rule\n"
+        "def judge(prompts, candidates):\n"
+        "    return [[rule.SIGN * len(text) for text in texts] for texts in candidates]\n")
+    train_loop.main(command)
+    (tmp_path / "rule.py").write_text("SIGN = -1\n")
+    with pytest.raises(ValueError, match="the judge has changed .rule: "):
+        train_loop.main(command)
+
+
+def test_the_length_penalty_is_for_training_not_for_held_out_answers(command, tmp_path):
+    """A win rate of a judge that nobody has asked for."""
+    train_loop.main([*command, "--iterations", "1", "--length-penalty", "5"])
+    for row in rows(tmp_path / "run/start/eval.jsonl"):
+        assert all(0 <= score < 97 for score in row["scores"])  # write_judge's own
+    scores = [c["score"] for row in rows(tmp_path / "run/iter_1/pairs.jsonl")
+              for c in row["candidates"]]
+    assert min(scores) < 0
+
+
+def test_memory_that_is_too_small_may_be_saved_in_a_run_that_goes_on(command, tmp_path):
+    """A hint to add a flag that the run then refuses."""
+    train_loop.main([*command, "--iterations", "1"])
+    first = files_of(tmp_path / "run")
+    train_loop.main([*command, "--iterations", "1", "--gradient-checkpointing"])
+    assert files_of(tmp_path / "run") == first
