@@ -223,7 +223,15 @@ def micro_batch(s):
 
 
 def phases(s, processes=PROCESSES):
-    """name -> Phase of a run of the settings s. On a CPU, device and host are one memory."""
+    """name -> Phase of a run of the settings s. On a CPU, device and host are one memory.
+    NotImplementedError where an architecture does not run over tensors without content."""
+    try:
+        return _phases(s, processes)
+    except Exception as reason:  # whatever a library may raise
+        raise NotImplementedError(f"{s.model} cannot be counted ({one_line(reason)})") from None
+
+
+def _phases(s, processes):
     c, sharded = 2 if s.dtype == "bf16" else 4, bool(s.offload) or processes > 1
     p = passes(s.model, s.compute, micro_batch(s), sharded)
     n, m = p.weights, p.trained
@@ -369,8 +377,8 @@ def notes(s, processes):
             at = replace(s, offload=offload)
             needed, phase = need(at, processes)
             fits = next((f"{size} GB" for size in CARDS if needed <= ROOM * size * 1e9), None)
-            yield (f"with{'' if offload else 'out'} --offload: {needed / 1e9:.1f} GB ({phase}); the "
-                   f"smallest usual card, filled to {100 * ROOM:.0f} %: "
+            yield (f"with{'' if offload else 'out'} --offload: {needed / 1e9:.1f} GB ({phase}); "
+                   f"the smallest usual card, filled to {100 * ROOM:.0f} %: "
                    + (fits or f"none; {remedy(at, ROOM * CARDS[-1] * 1e9, processes)}"))
 
 
@@ -390,13 +398,13 @@ def times(s, prompts, processes):
     new = min(s.max_new_tokens, s.max_length - s.max_prompt_length)
     steps = per * s.responses_per_prompt * new / s.slots / processes
     step = 1e-3 * layers if s.device == "cuda" else 2 * n * s.slots / FLOPS["cpu"]
-    lines = [f"time    of an iteration, if all rows are full: training {training / 3600:.1f} h, "
-             f"reference {2 * n * tokens / speed / 3600:.1f} h, sampling {steps * step / 3600:.1f} "
-             "h,", f"        at {FLOPS[s.device] / 1e12:g} TFLOP/s, "
-             f"{'50 GB/s of host memory, ' * bool(s.offload)}{step * 1e3:.0f} ms for a token of all "
+    hours = [f"{x / 3600:.1f} h" for x in (training, 2 * n * tokens / speed, steps * step)]
+    lines = ["time    of an iteration, if all rows are full: training {}, reference {}, sampling {}"
+             .format(*hours), f"        at {FLOPS[s.device] / 1e12:g} TFLOP/s, "
+             f"{'50 GB/s of host memory, ' * bool(s.offload)}{step * 1e3:.0f} ms a token of all "
              "slots: guesses, not measured"]
     if s.device == "cuda":
-        lines += [f"        (1 ms a layer: plain transformers waits for its launches; with {s.slots}"
-                  " slots a 7B model is about", "        an order of magnitude slower than in an "
-                  "engine such as vLLM, see --samples-from)"]
+        lines += ["        (1 ms a layer: plain transformers waits for its launches; at 64 slots a "
+                  "7B model is", "        about an order of magnitude slower than in an engine "
+                  "such as vLLM, see --samples-from)"]
     return lines

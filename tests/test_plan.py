@@ -176,20 +176,17 @@ def test_offload_is_turned_on_where_it_alone_makes_a_gpu_large_enough(tmp_path, 
 
 def test_a_run_that_does_not_fit_stops_before_it_loads_anything(tmp_path, card, monkeypatch):
     """An out-of-memory error after an hour of sampling; advice that does not help."""
-    s = recipe(tmp_path, "--no-gradient-checkpointing", "--tokens-per-forward", "8192",
-               "--ranker", "my.py:judge")
-    card(1.3)
-    monkeypatch.setattr(train_loop.flags, "read", lambda _: s)
-    for module, name in ((train_loop.prepare, "read_inputs"), (train_loop.scale, "start")):
-        monkeypatch.setattr(module, name, None)
-    with pytest.raises(ValueError, match="of a GPU") as error:
+    flags = ["--no-gradient-checkpointing", "--tokens-per-forward", "8192", "--ranker", "my.py:f"]
+    s = recipe(tmp_path, *flags)
+    card(0.9)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="of a GPU") as error:
+        patch.setattr(train_loop.flags, "read", lambda _: s)
+        patch.setattr(train_loop.prepare, "read_inputs", None)
+        patch.setattr(train_loop.scale, "start", None)
         train_loop.main([])
     advice = str(error.value).split("fits with ")[1].split()
-    advised = replace(settings.read(["--model", "zephyr-7b-sft", "--dry-run", "--tokens-per-forward",
-                                     "8192", "--slots", "4", "--ranker", "my.py:judge",
-                                     "--no-gradient-checkpointing", *advice]),
-                      model=s.model, device="cuda", dtype="bf16", dry_run=False)
-    assert plan.fitted(advised).offload == ("--offload" in advice)
+    advised = recipe(tmp_path, *flags, *advice)
+    assert plan.fitted(advised) == replace(advised, offload="--offload" in advice)
 
 
 def test_a_dry_run_plans_a_folder_that_has_no_weights(tmp_path, capsys):
