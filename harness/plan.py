@@ -108,7 +108,7 @@ class Passes:
     """Of a model: numbers of weights, and bytes beyond weights and gradient."""
     weights: int
     trained: int
-    largest: int  # weights of the largest FSDP group: a layer, or what is in none
+    largest: int  # weights of the largest layer
     rest: int  # weights in no layer: embedding, head, norm
     backward: int  # at the peak of forward and backward
     forward: int  # at the peak of a forward pass alone
@@ -139,7 +139,7 @@ def passes(path, compute, shape, sharded):
     layers = [count(layer.parameters()) for layer in policy.layers]
     n = count(parameters)
     rest = n - sum(layers)
-    return Passes(n, count(p for p in parameters if p.requires_grad), max(*layers, rest), rest,
+    return Passes(n, count(p for p in parameters if p.requires_grad), max(layers), rest,
                   live.peak - before, forward)
 
 
@@ -223,7 +223,15 @@ def micro_batch(s):
 
 
 def phases(s, processes=PROCESSES):
-    """name -> Phase of a run of the settings s. On a CPU, device and host are one memory."""
+    """name -> Phase of a run of the settings s. On a CPU, device and host are one memory.
+    NotImplementedError where an architecture does not run over tensors without content."""
+    try:
+        return _phases(s, processes)
+    except Exception as reason:  # whatever a library may raise
+        raise NotImplementedError(f"{s.model} cannot be counted ({one_line(reason)})") from None
+
+
+def _phases(s, processes):
     c, sharded = 2 if s.dtype == "bf16" else 4, bool(s.offload) or processes > 1
     p = passes(s.model, s.compute, micro_batch(s), sharded)
     n, m = p.weights, p.trained
@@ -231,9 +239,10 @@ def phases(s, processes=PROCESSES):
                  optimiser=8 * m / processes)
     # FSDP2 makes a layer whole for its work, and the next one meanwhile; gradients are summed in
     # fp32, from one buffer into another. What is in no layer stays whole throughout.
-    work = c * (2 * p.rest + 3 * p.largest) + 8 * p.largest if sharded else 0
-    # glibc's heap keeps the hole of a gradient that was freed, and activations fill a part of it.
-    holes = 3 * m / processes if s.device == "cpu" else 0
+    work = c * (p.rest + 3 * p.largest) + 8 * p.largest if sharded else 0
+    # On a CPU, glibc's heap keeps holes. A rule of thumb from runs: they were 10 to 40 % of what is
+    # alive, and with LoRA more.
+    holes = (3 * m / processes + 0.2 * p.backward) * (s.device == "cpu")
     host = 4 * n * (s.device == "cuda")  # process 0 alone loads, and saves, all weights
     if s.offload:
         whole = processes == 1  # weights and gradient stay on the device for a whole update
@@ -285,7 +294,7 @@ def card():
     return torch.cuda.get_device_properties(place).total_memory
 
 
-def remedy(s, room):
+def remedy(s, room, processes=PROCESSES):
     """The flags that make a run fit, the cheapest first, each added to those before."""
     tree = trees_of(1, *micro_batch(s)[1:])[0].size.tokens
     flags, s = [], replace(s, offload=bool(s.offload))
@@ -296,14 +305,13 @@ def remedy(s, room):
             ("--slots 16", {"slots": min(16, s.slots)}),
             ("--lora-rank 16", {"lora_rank": s.lora_rank or 16})):
         smaller = replace(s, **change)
-        if need(smaller)[0] < need(s)[0]:
+        if need(smaller, processes)[0] < need(s, processes)[0]:
             s, flags = smaller, [*flags, name]
-        if need(s)[0] <= room:
-            return f"it fits with {' '.join(flags)}"
-    for processes in (2, 4, 8):
         if need(s, processes)[0] <= room:
-            return (f"it fits with {' '.join(flags)} on {processes} GPUs (torchrun "
-                    f"--nproc-per-node {processes})")
+            return f"it fits with {' '.join(flags)}"
+    for more in (2, 4, 8):
+        if more > processes and need(s, more)[0] <= room:
+            return f"it fits with {' '.join(flags)} under torchrun --nproc-per-node {more}"
     return "no flag makes it fit: take a smaller model, or shorter rows (--max-length)"
 
 
@@ -328,8 +336,8 @@ def describe(s, prompts):
     cells += [(name, *(f"{x / 1e9:.2f}" for x in (
         p.weights, p.gradient, p.optimiser, p.activations, p.other, p.device, p.host)))
         for name, p in table.items()]
-    lines = ["        ".join(("memory", ""))[:8] + f"of each {place}, and of the host for all "
-             f"{processes}: {s.dtype}{', --offload' * bool(s.offload)}; GB are 10^9 bytes"]
+    lines = [f"memory  of one {place} of {processes}, and of their host: {s.dtype}"
+             f"{', --offload' * bool(s.offload)}; GB are 10^9 bytes"]
     lines += ["        " + "".join(f"{x:<12}" for x in row).rstrip() for row in cells]
     return "\n".join(lines + [f"        {line}" for line in notes(s, processes)]
                      + times(s, prompts, processes))
@@ -362,15 +370,16 @@ def notes(s, processes):
     flag = f"--{'no-' * s.gradient_checkpointing}gradient-checkpointing"
     yield (f"in it: {s.slots} KV slots {cache / 1e9:.2f}, log-prob chunk "
            f"{512 * vocabulary * 4 / 1e9:.2f}, judge {judging(s.ranker, s.device)[0] / 1e9:.2f}; "
-           f"with {flag} activations of {phases(other, processes)['training'].activations / 1e9:.2f}")
+           f"with {flag} activations of "
+           f"{phases(other, processes)['training'].activations / 1e9:.2f}")
     if s.device == "cuda":
         for offload in (False, True) if s.offload is None else (s.offload,):
             at = replace(s, offload=offload)
             needed, phase = need(at, processes)
             fits = next((f"{size} GB" for size in CARDS if needed <= ROOM * size * 1e9), None)
-            yield (f"with{'' if offload else 'out'} --offload: {needed / 1e9:.1f} GB ({phase}); the "
-                   f"smallest usual card, {100 * ROOM:.0f} % of it filled: "
-                   + (fits or f"none; {remedy(at, ROOM * CARDS[-1] * 1e9)}"))
+            yield (f"with{'' if offload else 'out'} --offload: {needed / 1e9:.1f} GB ({phase}); "
+                   f"the smallest usual card, filled to {100 * ROOM:.0f} %: "
+                   + (fits or f"none; {remedy(at, ROOM * CARDS[-1] * 1e9, processes)}"))
 
 
 def times(s, prompts, processes):
@@ -389,12 +398,13 @@ def times(s, prompts, processes):
     new = min(s.max_new_tokens, s.max_length - s.max_prompt_length)
     steps = per * s.responses_per_prompt * new / s.slots / processes
     step = 1e-3 * layers if s.device == "cuda" else 2 * n * s.slots / FLOPS["cpu"]
-    lines = [f"time    of an iteration, if all rows are full: training {training / 3600:.1f} h, "
-             f"reference {2 * n * tokens / speed / 3600:.1f} h, sampling {steps * step / 3600:.1f} h",
-             f"        at {FLOPS[s.device] / 1e12:g} TFLOP/s a {'GPU' if layers and s.device == 'cuda' else 'process'}"
-             f"{', 50 GB/s of host memory' * bool(s.offload)} and {step * 1e3:.0f} ms for a token of all slots"]
+    hours = [f"{x / 3600:.1f} h" for x in (training, 2 * n * tokens / speed, steps * step)]
+    lines = ["time    of an iteration, if all rows are full: training {}, reference {}, sampling {}"
+             .format(*hours), f"        at {FLOPS[s.device] / 1e12:g} TFLOP/s, "
+             f"{'50 GB/s of host memory, ' * bool(s.offload)}{step * 1e3:.0f} ms a token of all "
+             "slots: guesses, not measured"]
     if s.device == "cuda":
-        lines.append(f"        (1 ms a layer: plain transformers waits for its launches. With {s.slots} "
-                     "slots a 7B model\n        is about an order of magnitude slower so than in an "
-                     "engine such as vLLM: --samples-from)")
+        lines += ["        (1 ms a layer: plain transformers waits for its launches; at 64 slots a "
+                  "7B model is", "        about an order of magnitude slower than in an engine "
+                  "such as vLLM, see --samples-from)"]
     return lines

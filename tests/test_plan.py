@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from transformers import MistralConfig
 
 import train_loop
 from conftest import ROOT
@@ -93,5 +93,116 @@ def test_the_planned_peak_of_training_is_that_of_real_runs_within_15_percent(tmp
     assert result.returncode == 0, result.stderr[-2000:]
     for size, line in zip(SIZES, result.stdout.splitlines(), strict=True):
         measured, planned = json.loads(line)
-        print(size, measured / 1e6, planned / 1e6, planned / measured)
         assert planned == pytest.approx(measured, rel=0.15), size
+
+
+def recipe(tmp_path, *flags):
+    """Settings of the paper's run on a GPU, with a model of a Mistral's shape, but 60 MB small."""
+    MistralConfig(hidden_size=256, intermediate_size=896, num_hidden_layers=8, vocab_size=32000,
+                  num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True
+                  ).save_pretrained(tmp_path)
+    s = settings.read(["--model", "zephyr-7b-sft", "--dry-run", "--tokens-per-forward", "2048",
+                       "--slots", "4", *flags])
+    return replace(s, model=str(tmp_path), device="cuda", dtype="bf16", dry_run=False)
+
+
+def parameters(hidden=256, inner=896, layers=8, vocabulary=32000, heads=8, kv_heads=2):
+    head = hidden // heads
+    attention = hidden * head * (2 * heads + 2 * kv_heads)
+    return vocabulary * hidden + layers * (attention + 3 * hidden * inner + 2 * hidden) + hidden
+
+
+def test_weights_gradient_and_moments_are_those_of_a_closed_form(tmp_path):
+    """A tied embedding that is counted twice; moments or masters in bf16; shares of N processes
+    that each hold all; with --offload something of the optimiser on the GPU, or less on the host
+    than 4 + 4 + 8 bytes a weight."""
+    n, s = parameters(), recipe(tmp_path, "--no-offload")
+    for processes in (1, 4):
+        p = plan.phases(s, processes)["training"]
+        assert [p.weights, p.gradient, p.optimiser] == [x * n / processes for x in (4, 4, 8)]
+    p = plan.phases(replace(s, offload=True))["training"]
+    assert [p.weights, p.gradient, p.optimiser, p.host] == [2 * n, 4 * n, 0, 16 * n]
+    p = plan.phases(replace(s, eval_prompts=0))["sampling"]
+    assert p.weights == pytest.approx(2 * n, abs=1000)  # and a table of rotary frequencies
+
+
+def test_the_kv_slots_are_those_of_a_closed_form(tmp_path):
+    """Keys without values, all heads where keys and values have fewer, slots that are half full."""
+    s = recipe(tmp_path)
+    _, slots, _ = plan.sampling(s.model, s.compute, (512, 1024), 4)
+    assert slots == 4 * 1024 * 2 * 8 * 2 * 32 * 2  # slots, tokens, k and v, layers, heads, D, bytes
+
+
+def test_lora_trains_its_adapters_alone(tmp_path):
+    """Gradient and moments planned for all weights, so that LoRA would seem to help nobody."""
+    n, s = parameters(), recipe(tmp_path, "--lora-rank", "4", "--no-offload")
+    p = plan.phases(s)["training"]
+    adapters = 8 * 4 * sum(a + b for a, b in [(256, 256), (256, 64), (256, 64), (256, 256),
+                                               (256, 896), (256, 896), (896, 256)])
+    assert [p.weights, p.gradient, p.optimiser] == [4 * (n + adapters), 4 * adapters, 8 * adapters]
+
+
+def test_checkpointing_and_shorter_micro_batches_need_less(tmp_path):
+    """A plan that is the same whatever the flags say."""
+    s = recipe(tmp_path, "--no-offload")
+    without = replace(s, gradient_checkpointing=False)
+    at = lambda s: plan.phases(s)["training"].activations
+    assert at(s) < 0.7 * at(without)
+    assert at(without) < 0.7 * at(replace(without, tokens_per_forward=8192))
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """card(gigabytes): a GPU of that size, which is not here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return lambda size: monkeypatch.setattr(plan, "card", lambda: size * 1e9)
+
+
+def test_offload_is_turned_on_where_it_alone_makes_a_gpu_large_enough(tmp_path, card, capsys):
+    """A run that dies of memory with a flag at hand; a --no-offload that is overruled; an offload
+    that nobody needs."""
+    s = recipe(tmp_path, "--slots", "1", "--eval-prompts", "0", "--ranker", "my.py:judge")
+    plain, with_it = (plan.need(replace(s, offload=x))[0] / 1e9 / plan.ROOM for x in (False, True))
+    assert with_it < plain
+    card(1.01 * plain)
+    assert plan.fitted(s).offload is False and capsys.readouterr().out == ""
+    card(0.99 * plain)
+    assert plan.fitted(s).offload is True and "--offload" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="fits with .*--offload"):
+        plan.fitted(replace(s, offload=False))
+    on_cpu = replace(s, device="cpu", offload=False)
+    assert plan.fitted(on_cpu) is on_cpu
+
+
+def test_a_run_that_does_not_fit_stops_before_it_loads_anything(tmp_path, card, monkeypatch):
+    """An out-of-memory error after an hour of sampling; advice that does not help."""
+    flags = ["--no-gradient-checkpointing", "--tokens-per-forward", "8192", "--ranker", "my.py:f"]
+    s = recipe(tmp_path, *flags)
+    card(0.9)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="of a GPU") as error:
+        patch.setattr(train_loop.flags, "read", lambda _: s)
+        patch.setattr(train_loop.prepare, "read_inputs", None)
+        patch.setattr(train_loop.scale, "start", None)
+        train_loop.main([])
+    advice = str(error.value).split("fits with ")[1].split()
+    advised = recipe(tmp_path, *flags, *advice)
+    assert plan.fitted(advised) == replace(advised, offload="--offload" in advice)
+
+
+def test_a_dry_run_plans_a_folder_that_has_no_weights(tmp_path, capsys):
+    """A plan that wants the weights, or a tokenizer, or the hub, before it says anything."""
+    recipe(tmp_path)
+    train_loop.main(["--model", str(tmp_path), "--dry-run", "--processes", "2", "--data",
+                     "HuggingFaceH4/ultrafeedback_binarized", "--slots", "4"])
+    out = capsys.readouterr().out
+    assert "GPU of 2" in out and "smallest usual card" in out and "24 GB" in out
+    assert "order of magnitude" in out and "TFLOP/s" in out
+
+
+def test_a_dry_run_without_a_hub_says_in_one_line_what_the_memory_plan_needs(capsys):
+    """A page of a library's traceback, or half a minute of retries, for a plan of counts."""
+    train_loop.main(["--model", "zephyr-7b-sft", "--dry-run"])
+    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("memory")]
+    assert "config.json" in line and "--model FOLDER" in line
+    with pytest.raises(ValueError, match="--processes"):
+        settings.read(["--processes", "2"])
