@@ -158,7 +158,7 @@ def step_mask(config, positions, length, dtype):
     kinds = set(getattr(config, "layer_types", None) or ())
     if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
         raise ValueError("slots need layers whose attention takes a mask, not "
-                         f"{', '.join(unknown)}; harness.architectures.choose_sampler finds another way")
+                         f"{', '.join(unknown)}; harness/architectures.py finds another way")
     if not kinds:  # Llama has no window; Mistral and Phi-3 have one for all layers, or None
         return mask(window)
     masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}

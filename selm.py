@@ -20,9 +20,9 @@ Self-Exploring Language Models (SELM), arXiv 2405.19332 v3. The derivation:
 
 What Algorithm 1 makes of it is a heuristic: pi_ref moves on with every iteration, D is that
 iteration's portion alone, and the authors' y' is the GREEDY answer. With y' ~ pi_ref the term's
-mean is -alpha * beta * KL(pi_ref || pi), whose gradient is zero at pi = pi_ref, where each iteration
-starts; with the greedy y' mass leaves the mode from the first update on. What that is good for is
-not derived, but measured: README, "What optimism does".
+mean is -alpha * beta * KL(pi_ref || pi), whose gradient is zero at pi = pi_ref, where each
+iteration starts; with the greedy y' mass leaves the mode from the first update on. What that is
+good for is not derived, but measured: README, "What optimism does".
 
 A log-prob of a response is the SUM over its tokens of log softmax(lm_logits)[token], in fp32. With
 a vocabulary of 128k, the (N, V) logits are by far the largest tensor of preference training, and

@@ -2,8 +2,9 @@
 
 This is textbook.py's `self_explore`, and computes its numbers (tests/test_textbook.py). What it
 deleted: the reference model (its log-probs are numbers on disk), the padding, the logits, the
-second forward pass of the policy (y shares one with the pair). What it added: every phase goes from files to a file, so that a
-run which is killed goes on behind its last finished row, on one process or many.
+second forward pass of the policy (y shares one with the pair). What it added: every phase goes from
+files to a file, so that a run which is killed goes on behind its last finished row, on one process
+or many.
 
     1  Algorithm 1                              3  One update
     2  Its phases, in the order of the loop     4  The command
@@ -395,7 +396,8 @@ def clip(parameters, max_grad_norm):
 
 def lr_factor(update, updates):
     """Linear warm-up over the first 10 % of the updates, then a cosine that would reach 0 one update
-    after the last; both restart each iteration. DEVIATION: transformers' schedule wastes the first update on a rate of 0."""
+    after the last; both restart each iteration. DEVIATION: transformers' schedule wastes the first
+    update on a rate of 0."""
     warmup = math.ceil(0.1 * updates)
     if update < warmup:
         return (update + 1) / warmup

@@ -32,7 +32,8 @@ from tqdm import tqdm  # noqa: E402
 
 import sample  # noqa: E402
 import train_loop  # noqa: E402
-from harness import judges, prepare, rows as preferences, rundir, settings, template, toy, weights  # noqa: E402
+from harness import judges, prepare, rundir, settings, template, toy, weights  # noqa: E402
+from harness import rows as preferences  # noqa: E402
 from harness.evaluate import mean_interval  # noqa: E402
 
 SEEDS = range(10)  # named before the first run, used throughout, all reported

@@ -156,8 +156,8 @@ MUTANTS = [
      "attention_mask=None,", "tests/test_architectures.py"),
     ("bf16 is switched off", "model.py", "if self.autocast_dtype else nullcontext())",
      "if False else nullcontext())", MODEL),
-    ("the self-check lets everything pass", "harness/architectures.py", "if not error <= tolerance:", "if False:",
-     MODEL),
+    ("the self-check lets everything pass", "harness/architectures.py",
+     "if not error <= tolerance:", "if False:", MODEL),
 
     # --- sample.py: y ---------------------------------------------------------------------------
     ("sampling does not stop at the end token", "sample.py", "if tokens[row] in stop_ids or len(",

@@ -1,7 +1,8 @@
 """How a command ends: one clear line for what a user can mend, a traceback for what we must.
 
-train_loop.py imports it before anything slow: there Ctrl-C is one line at any moment. Exit codes: 0 done, 1 an
-error, 2 a wrong command line, 130 Ctrl-C, 143 SIGTERM (for which training finishes its update).
+train_loop.py imports it before anything slow: there Ctrl-C is one line at any moment. Exit codes: 0
+done, 1 an error, 2 a wrong command line, 130 Ctrl-C, 143 SIGTERM (training finishes its update).
+SELM_TRACEBACK=1 shows where a one-line error arose.
 """
 
 import os

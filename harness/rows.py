@@ -195,8 +195,8 @@ def parse_row(row):
     try:
         row = json.loads(row) if isinstance(row, str) else row
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({getattr(error, 'msg', 'too deep')}); write one object "
-                         "a line") from None
+        why = "too deep" if isinstance(error, RecursionError) else getattr(error, "msg", error)
+        raise ValueError(f"not valid JSON ({why}); write one object a line") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}; mend it")
     for name in ("chosen", "rejected"):

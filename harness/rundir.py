@@ -41,9 +41,9 @@ LEAVES = (CONFIG, FINISHED, METRICS, LOCK, "report.md", "report.html", "figures"
           "seed_*", "*.tmp", "*.part*", "*.unfinished", ".deleted-*")
 JUDGED = ("pairs.jsonl*", "scores*.jsonl", "eval.jsonl*")
 # Settings that change no number, or that made_from tells better.
-NO_DIFFERENCE = ("fresh", "dry_run", "processes", "track", "run_dir", "baseline", "seeds", "slots", "save_every",
-                 "gradient_checkpointing", "offload", "data", "tokens_per_forward", "compile", "model", "ranker", "eval_ranker",
-                 "chat_template", "name")
+NO_DIFFERENCE = ("fresh", "dry_run", "processes", "track", "run_dir", "baseline", "seeds", "slots",
+                 "save_every", "gradient_checkpointing", "offload", "data", "tokens_per_forward",
+                 "compile", "model", "ranker", "eval_ranker", "chat_template", "name")
 
 # ----------------------------------------------------------------------------------------------
 # 1. Text and rows

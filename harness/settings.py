@@ -183,7 +183,8 @@ FLAGS = {
         "chat-template": dict(metavar="FILE", help="Jinja chat template, for a model without one"),
         "run-dir": dict(help="where everything goes (runs/NAME)")},
     "the method": {
-        "alpha": dict(type=float, help="optimism; 0 is iterative DPO; the paper: 1e-3 or 1e-4, out of 5e-3 .. 1e-4"),
+        "alpha": dict(type=float, help="optimism; 0 is iterative DPO; the paper: 1e-3 or 1e-4, "
+                      "out of 5e-3 .. 1e-4"),
         "beta": dict(type=float, help="strength of the KL anchor; paper: 0.01"),
         "optimism": dict(choices=["selm", "xpo", "popo"], default="selm", help="the term that "
                          "alpha scales: alpha beta r(y), r = log pi/pi_ref (SELM); alpha log pi(y) "
@@ -258,13 +259,21 @@ def read(argv=None):
         description="Self-Exploring Language Models (arXiv 2405.19332): online preference "
                     "optimisation that explores. Without flags: the toy world, SELM against "
                     "iterative DPO (alpha = 0), in a minute or two.",
-        epilog="Settings that are not given come from the recipe; --dry-run prints them all.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        epilog="Settings that are not given come from the recipe; --dry-run prints them all. "
+               "SELM_TRACEBACK=1 shows where a one-line error arose.",
+        formatter_class=Help, allow_abbrev=False)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, options in flags.items():
             group.add_argument(f"--{name}", **options)
     return complete(vars(parser.parse_args(argv)))
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the defaults that no recipe has."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
 
 
 def stream(*key):
@@ -404,4 +413,5 @@ def plan(settings, prompts, source):
         f"rows    prompt {s.max_prompt_length}, with response {s.max_length} tokens",
         f"seeds   {s.seeds}; baseline alpha = 0: {'yes' if s.baseline else 'no'}",
         f"files   {s.run_dir}/iter_K/{{samples.jsonl, pairs.jsonl, reference.jsonl, policy/, "
-        f"eval.jsonl}}, {s.run_dir}/metrics.jsonl, report.md, figures/"])
+        f"eval.jsonl}}, {s.run_dir}/metrics.jsonl, report.md, figures/", "all     " + ", ".join(
+            f"{name} {value}" for name, value in s.as_dict().items() if value is not None)])

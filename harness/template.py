@@ -34,8 +34,8 @@ class ChatFormat:
     stop_ids  what ends a sampled response: end_id, eos, and `model_stop_ids` of generation_config
     bos_id    what texts begin with, or None; data.cut_prompt keeps it
     note      None, or what was done to make the template usable; the caller prints it
-    today     the date that a template writes which asks for one (Llama-3.2's). One for all of a run:
-              behind another date y would be no sample of the policy that is trained
+    today     the date that a template writes which asks for one (Llama-3.2's). One for all of a
+              run: behind another date y would be no sample of the policy that is trained
     """
 
     def __init__(self, tokenizer, model_stop_ids=(), today=None):

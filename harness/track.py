@@ -1,6 +1,6 @@
 """--track: the rows of metrics.jsonl, as they come, to a tracker that you have installed.
 
-    trackio, wandb    a run of project "selm", named after the run folder; the same again after a kill
+    trackio, wandb    a run of project "selm", named after the folder; the same again after a kill
     tensorboard       RUN/tensorboard (tensorboard --logdir runs)
 
 The step is the number of updates so far. metrics.jsonl is written in any case.

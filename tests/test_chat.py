@@ -151,7 +151,8 @@ def test_a_chat_that_outgrows_an_attention_window_is_checked_again(tmp_path, mon
     lengths = []
     monkeypatch.setattr(chat.architectures, "choose_sampler", lambda model, ids, length, say: (
         lengths.append(length) or (lambda model, prompts, **kwargs: [[5]] * len(prompts))))
-    monkeypatch.setattr(chat.architectures, "probe_length", lambda config, longest: 1 + longest // 50)
+    monkeypatch.setattr(chat.architectures, "probe_length",
+                        lambda config, longest: 1 + longest // 50)
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n" * 9))
     assert chat.main(["--model", str(tmp_path), "--interactive", "--max-new-tokens", "5"]) == 0
     assert lengths == sorted(set(lengths)) and len(lengths) > 1

@@ -209,11 +209,13 @@ def test_what_sample_py_writes_is_judged_by_a_reward_model(tmp_path, capsys):
     ([("do 1", "b"), ("do it", "b")], "theirs.json has no output .* 'do 2'"),
     ([("do 1", "b"), ("do 2", 3)], "--reference .*theirs.json: entry 1 has no string 'output'"),
     ([], "--reference .*theirs.json: expected a list")])
-def test_files_that_do_not_belong_together_are_refused_by_name(theirs, words, tmp_path, monkeypatch):
+def test_files_that_do_not_belong_together_are_refused_by_name(theirs, words, tmp_path,
+                                                               monkeypatch):
     """A win rate of answers to different questions."""
     mine = outputs(tmp_path / "mine.json", [("do 1", "a"), ("do 2", "a")])
     with pytest.raises(ValueError, match=words):
         duel.matched(mine, outputs(tmp_path / "theirs.json", theirs))
     monkeypatch.setattr(ends.signal, "signal", lambda *handler: None)  # pytest keeps its own
+    files = ["--outputs", mine, "--reference", str(tmp_path / "theirs.json")]
     with pytest.raises(SystemExit, match="error: "):
-        ends.run(lambda: duel.main(["--outputs", mine, "--reference", str(tmp_path / "theirs.json")]))
+        ends.run(lambda: duel.main(files))

@@ -1,5 +1,5 @@
-"""Tests of harness/track.py and of what reaches a tracker. The packages themselves are not installed
-here: modules with their signatures stand in for them."""
+"""Tests of harness/track.py and of what reaches a tracker. The packages themselves need not be
+installed: modules with their signatures stand in for them."""
 
 import sys
 from types import ModuleType, SimpleNamespace
