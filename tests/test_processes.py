@@ -138,6 +138,7 @@ def test_an_empty_model_is_a_loaded_one_without_its_weights(architecture, tmp_pa
 LOADS = """
 import torch
 from harness import scale, weights
+from harness.settings import Compute
 def resident(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if field in line) / 1024
 def load(path):
