@@ -951,3 +951,16 @@ def test_memory_that_is_too_small_may_be_saved_in_a_run_that_goes_on(command, tm
     first = files_of(tmp_path / "run")
     train_loop.main([*command, "--iterations", "1", "--gradient-checkpointing"])
     assert files_of(tmp_path / "run") == first
+
+
+def test_lost_metrics_are_one_line_that_says_what_to_do(command, tmp_path):
+    """An IndexError that calls itself a bug, and a run that nobody can go on with."""
+    command += ["--iterations", "1"]
+    train_loop.main(command)
+    expected = files_of(tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="lost the updates of iteration 1.*iter_1/policy"):
+        train_loop.main(command)
+    shutil.rmtree(tmp_path / "run/iter_1/policy")
+    train_loop.main(command)
+    assert files_of(tmp_path / "run") == expected
