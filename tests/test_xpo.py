@@ -60,7 +60,7 @@ def test_the_loop_is_xpo_as_a_plain_loop_computes_it(run):
     for k, portion in enumerate(portions, 1):
         samples, examples = rundir.Rows(folder / f"iter_{k}/samples.jsonl"), []
         for record in portion:
-            prompt, _ = textbook.tokenise(tokenizer, record)
+            prompt, *_ = textbook.tokenise(tokenizer, record)
             ours, its = (y["ids"] for y in samples.of(record["prompt_id"])["samples"])
             [[score, its_score]] = judge(None, [tokenizer.batch_decode(
                 [ours, its], skip_special_tokens=True)])
