@@ -71,8 +71,11 @@ def self_explore(run, start, settings):
         pairs = once(here / "pairs.jsonl", rank_candidates, portion, samples, start, s)
         # log pi_ref of every response that the loss needs, before the first update
         lessons = Lessons(pairs, policy if s.reference == "previous" else start.policy, s)
+        # In the micro-batches of update 0; a checkpoint is past it, and keeps its own.
+        made_with = (None if scale.newest_checkpoint(here / "state") else
+                     [s.tokens_per_forward, PROCESSES])
         lessons.reference = once(here / "reference.jsonl", reference_logps, pairs, lessons,
-                                 made_with=[s.tokens_per_forward, PROCESSES])
+                                 made_with=made_with)
         # the SELM loss, one epoch; the new policy is the next reference
         policy = once(here / "policy", train, policy, lessons, start.chat, run)
         shutil.rmtree(here / "state", ignore_errors=True)  # checkpoints: not before it is recorded
@@ -169,10 +172,10 @@ def reference_logps(pairs, lessons):
                "logps": [logps.get(c) for c in range(len(row["candidates"]))]}
 
 
-def train(path, start, lessons, chat, run):
-    """The updates of one iteration, from the policy `start` to a new one at `path`. SIGTERM ends it
-    between two of them, with a checkpoint for the same command to go on from."""
-    s, policy = lessons.s, lessons.policy(start)
+def train(path, previous, lessons, chat, run):
+    """The updates of one iteration, from the policy at `previous` to a new one at `path`. SIGTERM
+    ends it between two of them, with a checkpoint for the same command to go on from."""
+    s, policy = lessons.s, lessons.policy(previous)
     lessons.loaded = None, None  # from here on it is no reference any more
     parameters = scale.trained(policy)
     optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=s.adam_betas, eps=s.adam_eps,
@@ -188,7 +191,7 @@ def train(path, start, lessons, chat, run):
     with ends.sigterm_waits() as asked:
         for u, batch in enumerate(bar, len(history)):
             optimizer.param_groups[0]["lr"] = lr = s.lr * lr_factor(u, len(batches))
-            metrics = update(policy, optimizer, lessons, batch, u, start)
+            metrics = update(policy, optimizer, lessons, batch, u, lessons.anchor == previous)
             history.append({"iteration": s.iteration, "phase": "train", "update": u, "lr": lr,
                             **metrics})
             run.show(history[-1])
@@ -205,7 +208,7 @@ def train(path, start, lessons, chat, run):
                                  "not finite; lower --lr. Nothing of this training is saved")
     run.log(history)
     weights.save_policy(policy, chat.tokenizer, path, chat.stop_ids, (
-        weights.stored_dtype(start) if s.save_dtype == "start" else torch.float32))
+        weights.stored_dtype(previous) if s.save_dtype == "start" else torch.float32))
 
 
 def evaluate(run, here, policy, start, s):
@@ -313,9 +316,9 @@ class Lessons:
         return self.loaded[1]
 
 
-def update(policy, optimizer, lessons, batch, u, start):
-    """Update number u of a training that began at the policy `start` -> its mean metrics, and the
-    gradient's norm before it was clipped. FloatingPointError where it is not finite."""
+def update(policy, optimizer, lessons, batch, u, from_reference):
+    """Update number u of a training that began at its reference, or did not -> its mean metrics,
+    and the gradient's norm before it was clipped. FloatingPointError where it is not finite."""
     s, parameters = lessons.s, optimizer.param_groups[0]["params"]
     terms, optimism_norm = dict(alpha=s.alpha, beta=s.beta, optimism=s.optimism), None
     if u == 0 and s.alpha > 0:  # once an iteration: how much of the gradient is the term's?
@@ -323,7 +326,7 @@ def update(policy, optimizer, lessons, batch, u, start):
         optimism_norm = clip(parameters, math.inf)
         optimizer.zero_grad()
     metrics, farthest = gradient(policy, lessons, batch, functools.partial(selm.selm_loss, **terms))
-    if u == 0 and lessons.anchor == start:
+    if u == 0 and from_reference:
         check_update_zero(metrics["dpo_loss"], farthest, s.dtype)
     norm = clip(parameters, s.max_grad_norm)
     if optimism_norm and norm:
@@ -395,9 +398,9 @@ def clip(parameters, max_grad_norm):
 
 
 def lr_factor(update, updates):
-    """Linear warm-up over the first 10 % of the updates, then a cosine that would reach 0 one update
-    after the last; both restart each iteration. DEVIATION: transformers' schedule wastes the first
-    update on a rate of 0."""
+    """Linear warm-up over the first 10 % of the updates, then a cosine that would reach 0 one
+    update after the last; both restart each iteration. DEVIATION: transformers' schedule wastes the
+    first update on a rate of 0."""
     warmup = math.ceil(0.1 * updates)
     if update < warmup:
         return (update + 1) / warmup

@@ -222,13 +222,17 @@ def micro_batch(s):
     return max(1, s.tokens_per_forward // tokens), *tree
 
 
+class Uncountable(ValueError):
+    """An architecture that does not run over tensors without content."""
+
+
 def phases(s, processes=PROCESSES):
     """name -> Phase of a run of the settings s. On a CPU, device and host are one memory.
-    NotImplementedError where an architecture does not run over tensors without content."""
+    Errors: Uncountable."""
     try:
         return _phases(s, processes)
     except Exception as reason:  # whatever a library may raise
-        raise NotImplementedError(f"{s.model} cannot be counted ({one_line(reason)})") from None
+        raise Uncountable(f"{s.model} cannot be counted ({one_line(reason)})") from None
 
 
 def _phases(s, processes):
@@ -281,7 +285,7 @@ def fitted(s):
             say(f"--offload: this run needs {needed / 1e9:.0f} GB of a GPU and has "
                 f"{room / 1e9:.0f}; its masters go to host memory (--no-offload: never)")
             return offloaded
-    except NotImplementedError as reason:
+    except Uncountable as reason:
         say(f"note: {reason}, so nobody knows whether this GPU is large enough")
         return plain
     raise ValueError(f"{phase} needs {needed / 1e9:.0f} GB of a GPU, and {room / 1e9:.0f} of this "
@@ -330,14 +334,16 @@ def describe(s, prompts):
     try:
         find_config(s.model)
         table = phases(replace(s, offload=bool(s.offload)), processes)
-    except (ValueError, NotImplementedError) as reason:
+    except ValueError as reason:
         return f"memory  no plan: {reason}"
     cells = [("GB", "weights", "gradient", "optimiser", "activations", "other", place, "host")]
     cells += [(name, *(f"{x / 1e9:.2f}" for x in (
         p.weights, p.gradient, p.optimiser, p.activations, p.other, p.device, p.host)))
         for name, p in table.items()]
     lines = [f"memory  of one {place} of {processes}, and of their host: {s.dtype}"
-             f"{', --offload' * bool(s.offload)}; GB are 10^9 bytes"]
+             f"{', --offload' * bool(s.offload)}; GB are 10^9 bytes"
+             + "; no GPU is here, --device cpu plans for this machine" * (
+                 s.device == "cuda" and not torch.cuda.is_available())]
     lines += ["        " + "".join(f"{x:<12}" for x in row).rstrip() for row in cells]
     return "\n".join(lines + [f"        {line}" for line in notes(s, processes)]
                      + times(s, prompts, processes))

@@ -47,8 +47,8 @@ def summary(folder, iteration):
     counts = ranks[iteration]
     updates = [row for row in rows_of(folder, "train") if row["iteration"] == iteration]
     if not updates:
-        raise ValueError(f"{folder}/{METRICS} has lost the updates of iteration {iteration}; put it "
-                         f"back, or remove {folder}/iter_{iteration}/policy to train them again")
+        raise ValueError(f"{folder}/{METRICS} has lost the updates of iteration {iteration}; put "
+                         f"it back, or remove {folder}/iter_{iteration}/policy to train them again")
     drops = dict(counts["dropped"], **{"equal for the judge": counts["equal"]})
     drops = ", ".join(f"{n} {reason}" for reason, n in drops.items() if n)
     line = f"iteration {iteration}: {counts['pairs']} pairs of {counts['prompts']} prompts"

@@ -148,7 +148,7 @@ class Run:
         A .jsonl path: phase(items, *args) yields a row for each of items, in order. It gets a
         generator of the items of this process that a killed try did not finish; returns Rows.
         Any other path: phase(path, *args) writes it; returns the path. made_with: a JSON value;
-        what was made with another one is made again.
+        what was made with another one is made again (None: whatever it was made with).
         """
         if not told(PROCESS > 0 or self._whole(path, made_with)):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ class Run:
         if name in self.checked:
             return True
         known = self._finished().get(name)
-        if known is None or known.get("made with", made_with) != made_with:
+        if known is None or made_with not in (None, known.get("made with", made_with)):
             return False
         known = {key: value for key, value in known.items() if key != "made with"}
         if not path.exists() or known != describe(path):

@@ -599,6 +599,38 @@ def test_a_run_killed_between_two_updates_goes_on_from_its_checkpoint(
     assert not (tmp_path / "killed/iter_1/state").exists()
 
 
+def test_smaller_micro_batches_make_the_reference_again_but_never_throw_a_checkpoint_away(
+        command, tmp_path, monkeypatch):
+    """Memory that ran out in the 50th update, a smaller --tokens-per-forward as the hint says, and
+    49 updates gone; or a first update whose policy and reference were summed in another order."""
+    command += ["--iterations", "1", "--save-every", "1"]
+    path, made = tmp_path / "run/iter_1/reference.jsonl", []
+    reference, save = train_loop.reference_logps, scale.save_checkpoint
+    monkeypatch.setattr(train_loop, "reference_logps",
+                        lambda *args: made.append(1) or reference(*args))
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as before_the_first:
+        before_the_first.setattr(train_loop, "gradient", interrupted)
+        for smaller in ([], [], ["--tokens-per-forward", "64"]):
+            with pytest.raises(KeyboardInterrupt):
+                train_loop.main([*command, *smaller])
+    assert len(made) == 2 and path.exists()  # once, not again, and again
+
+    def save_and_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as after_the_first:
+        after_the_first.setattr(scale, "save_checkpoint", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train_loop.main([*command, "--tokens-per-forward", "64"])
+    update, updates = train_loop.update, []
+    monkeypatch.setattr(train_loop, "update", lambda *args: updates.append(1) or update(*args))
+    train_loop.main(command)
+    assert len(made) == 2 and len(updates) == 1  # of two
+
+
 @pytest.mark.parametrize("extra", [[], ["--save-every", "1"]], ids=" ".join)
 def test_sigterm_waits_for_the_update_and_the_same_command_goes_on_behind_it(
         extra, command, tmp_path, monkeypatch):
