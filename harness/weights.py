@@ -32,9 +32,7 @@ from model import Policy
 def load_policy(path, compute):
     """To train: fp32 master weights; several processes, or --offload, share them out (FSDP2)."""
     load_frozen.cache_clear()  # its memory is needed
-    sharded = PROCESSES > 1 or compute.offload
-    if sharded:  # FSDP's hooks make cycles that nothing else would free in time
-        gc.collect()
+    sharded = collect_cycles(compute)
     # Process 0 alone holds all weights, and hands them out: eight copies fill a host.
     model = (load_model(path, torch.float32, "cpu" if sharded else compute.device,
                         compute.attention) if PROCESS == 0 else
@@ -50,9 +48,18 @@ def load_policy(path, compute):
 @functools.lru_cache(maxsize=2)  # an iteration's policy and the start
 def load_frozen(path, compute, attention):
     """To sample and to evaluate: weights in the compute dtype, whole on every process."""
-    gc.collect()  # a trained policy under FSDP: its hooks make cycles
+    collect_cycles(compute)
     dtype = torch.bfloat16 if compute.dtype == "bf16" else torch.float32
     return load_model(path, dtype, compute.device, attention)
+
+
+def collect_cycles(compute):
+    """Whether trained policies are under FSDP, whose hooks make cycles: what nobody uses any more
+    goes now, for its memory is needed. (Elsewhere it went by itself, and looking takes seconds.)"""
+    sharded = PROCESSES > 1 or compute.offload
+    if sharded:
+        gc.collect()
+    return sharded
 
 
 # ----------------------------------------------------------------------------------------------
