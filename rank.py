@@ -29,6 +29,10 @@ Legend: B prompts, K candidates of one, R rows (pairs) of a forward pass, T toke
 H hidden size, h attention heads, d = H / h, P relative-position embeddings.
 """
 
+from harness import ends
+
+ends.before(__name__, "nothing had begun")  # Ctrl-C is one line while libraries load, too
+
 import functools
 import hashlib
 import itertools
@@ -288,5 +292,5 @@ def distinct(texts):
 
 
 if __name__ == "__main__":
-    from harness import ends, judges
+    from harness import judges
     ends.run(judges.main, "finished scores are kept, and the same command goes on from there")

@@ -35,6 +35,10 @@ Test: pytest tests/test_sample.py.    Read next: rank.py.
 Legend: B prompts, n live slots, T tokens, V vocabulary, A heads, D size of one head.
 """
 
+from harness import ends
+
+ends.before(__name__, "nothing had begun")  # Ctrl-C is one line while libraries load, too
+
 import math
 import random
 from contextlib import contextmanager
@@ -328,5 +332,5 @@ def advance(live, cache, tokens, stop_ids):
 
 
 if __name__ == "__main__":
-    from harness import chat, ends  # the command line: a prompt, a chat, AlpacaEval's outputs
+    from harness import chat  # the command line: a prompt, a chat, AlpacaEval's outputs
     ends.run(chat.main)

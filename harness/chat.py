@@ -42,7 +42,9 @@ def main(argv=None):
             write_alpaca(args, rows, texts)
         else:
             print(printable(answer([user_turn(args.prompt)])[0]))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, ends.Terminated):
+            raise
         print("stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:

@@ -10,13 +10,16 @@ never do). Equal scores are a tie, and half a win for each.
 Test: pytest tests/test_duel.py.
 """
 
+from harness import ends
+
+ends.before(__name__, "nothing had begun")  # Ctrl-C is one line while libraries load, too
+
 import argparse
 import statistics
 from collections import Counter
 
 import torch
 
-from harness import ends
 from harness.chat import read_instructions, user_turn
 from harness.evaluate import half_for_ties, length_controlled, wilson
 from harness.judges import SPECS, load_judge

@@ -1,7 +1,7 @@
 """How a command ends: one clear line for what a user can mend, a traceback for what we must.
 
-train_loop.py imports it before anything slow: there Ctrl-C is one line at any moment. Exit codes: 0
-done, 1 an error, 2 a wrong command line, 130 Ctrl-C, 143 SIGTERM (training finishes its update).
+Commands import it before anything slow: Ctrl-C is one line at any moment. Exit codes: 0 done, 1 an
+error, 2 a wrong command line, 130 Ctrl-C, 143 SIGTERM (training finishes its update).
 SELM_TRACEBACK=1 shows where a one-line error arose.
 """
 
@@ -50,18 +50,16 @@ def sigterm_waits():
         raise Terminated
 
 
-def _leave(number, frame):
-    """While libraries load there is nothing to close, and they turn an exception into their own."""
-    print(f"\nstopped; {GOES_ON}", file=sys.stderr, flush=True)
-    os._exit(128 + number)
-
-
-def before(module):
+def before(module, goes_on=GOES_ON):
     """For the first line of a command: until `run` takes over, Ctrl-C and SIGTERM end it at once.
     module: its __name__; nothing is done where it is only imported."""
+    def leave(number, frame):
+        """While libraries load there is nothing to close; they make exceptions their own."""
+        print(f"\nstopped; {goes_on}", file=sys.stderr, flush=True)
+        os._exit(128 + number)
     if module == "__main__":
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _leave)
+            signal.signal(number, leave)
 
 
 def run(main, goes_on=GOES_ON):

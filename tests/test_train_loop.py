@@ -914,6 +914,19 @@ def test_ctrl_c_and_sigterm_are_one_line_at_any_moment(sent, code, seconds, comm
     assert len(lines) == 1 and "the same command goes on" in lines[0], lines
 
 
+@pytest.mark.parametrize("script", [["sample.py"], ["rank.py"], ["-m", "harness.duel"]],
+                         ids=" ".join)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_another_commands_libraries_load_is_one_line(script, sent):
+    """Forty lines of traceback from the middle of an import."""
+    process = subprocess.Popen([sys.executable, *script, "--help"], cwd=ROOT, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    time.sleep(0.4)
+    process.send_signal(sent)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + sent and stderr == "\nstopped; nothing had begun\n"
+
+
 def test_a_second_command_in_the_same_folder_is_refused(command, tmp_path):
     """Two runs that write into each other's files."""
     with train_loop.rundir.locked(tmp_path / "run"):
