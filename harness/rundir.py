@@ -144,8 +144,8 @@ class Run:
     def once(self, path, phase, *args):
         """What `phase` leaves at `path`: read if it is finished, else made; all processes agree.
 
-        A .jsonl path: phase(items, *args) yields a row for each of items, in order. It gets a
-        generator of the items of this process that a killed try did not finish; returns Rows.
+        A .jsonl path: phase(items, *args) yields a row for each of items, in order. It gets the
+        items of this process that a killed try did not finish; returns Rows.
         Any other path: phase(path, *args) writes it; returns the path.
         """
         if not told(PROCESS > 0 or self._whole(path)):
@@ -204,8 +204,8 @@ class Run:
         part = path.with_name(f"{path.name}.part{PROCESS}of{PROCESSES}")
         with open(part, "a+b") as file:
             done = keep_whole_lines(file)
-            share = (items[i] for i in range(PROCESS + done * PROCESSES, len(items), PROCESSES))
-            for row in phase(share, *args):
+            left = range(PROCESS + done * PROCESSES, len(items), PROCESSES)
+            for row in phase(Share(items, left), *args):
                 file.write(line_of(row).encode())
                 file.flush()
             os.fsync(file.fileno())
@@ -226,6 +226,19 @@ class Run:
             for old in path.parent.glob(f"{path.name}.part*"):
                 old.unlink()
         only_first(weave)
+
+
+class Share:
+    """Some of the items, each read when its turn comes."""
+
+    def __init__(self, items, places):
+        self.items, self.places = items, places
+
+    def __len__(self):
+        return len(self.places)
+
+    def __iter__(self):
+        return (self.items[place] for place in self.places)
 
 
 def keep_whole_lines(file):
