@@ -71,7 +71,7 @@ def test_responses_are_handed_out_in_order_while_slots_stay_full(monkeypatch):
     """A killed phase that loses an hour of finished responses; slots that are drained between two
     portions of the prompts; all prompts of a large file in memory; a model that the caller gets
     back with layers that are still packed."""
-    model, prompts, rows = make_model(), make_prompts((4, 9, 1, 6, 3) * 8), []
+    model, prompts, rows = make_model(), make_prompts((4, 9, 1, 6, 3) * 16), []
     forward, asked = model.forward, []
     monkeypatch.setattr(model, "forward", lambda **kw: (
         rows.append(kw["input_ids"].shape) or forward(**kw)))
@@ -84,9 +84,9 @@ def test_responses_are_handed_out_in_order_while_slots_stay_full(monkeypatch):
     steps = [n for n, width in rows if width == 1]
     last = len(steps) - steps[::-1].index(4)  # until the last prompts nobody waits for anybody
     assert len(steps) - last <= 24 and steps[:last].count(4) / last > 0.85
-    assert waits[0] < 20 and max(waits) <= 4 + 2 * 4 * sample.AHEAD
+    assert max(waits) <= 4 + 2 * 4 * sample.AHEAD < 80
     monkeypatch.undo()
-    for ids, seed, response in zip(prompts, range(40), got, strict=True):
+    for ids, seed, response in zip(prompts, range(80), got, strict=True):
         assert ours(model, [ids], seeds=[seed], temperature=1.0) == [response]
 
 
