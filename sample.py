@@ -46,7 +46,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Cache
 
-AHEAD = 4  # times slots: of so many prompts the longest first; their responses wait for each other
+AHEAD = 8  # times slots: of so many prompts the longest first; their responses wait for each other
 KV_BLOCK = 128  # the cache grows by so many positions: one copy in 128 steps, little unused memory
 
 # ----------------------------------------------------------------------------------------------
