@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -195,3 +198,73 @@ def test_the_stored_dtype_is_read_off_the_weights(tmp_path):
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"float32"', '"bfloat16"'))
     assert weights.stored_dtype(tmp_path) == torch.float32
+
+
+# ----------------------------------------------------------------------------------------------
+# Processes that do not come, or are left alone
+# ----------------------------------------------------------------------------------------------
+
+
+WAITS = """
+import os, time
+import torch, torch.distributed as dist
+from harness import scale
+scale.start("cpu")
+backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+assert backend.options._timeout == scale.PATIENCE  # from here on: a judge may take hours
+pids = scale.gather(os.getpid())
+if scale.PROCESS == 0: print(*pids, flush=True)
+if scale.PROCESS == 0: time.sleep(300)  # the others wait for it
+scale.barrier()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is told of its parent")
+def test_a_killed_launcher_leaves_no_process_running(tmp_path):
+    """Two processes that wait for each other for six hours, and hold a GPU each."""
+    launcher = launch(write_script(tmp_path / "waits.py", WAITS))
+    pids = list(map(int, launcher.stdout.readline().split()))
+    assert len(pids) == 2, launcher.communicate()[1][-2000:]
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    deadline = time.monotonic() + 30
+    while (left := list(filter(alive, pids))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def alive(pid):
+    """A dead one that nobody has asked for (a zombie) is not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+ALONE = """
+from datetime import timedelta
+from harness import ends, scale
+scale.COMING = timedelta(seconds=2)
+ends.run(lambda: scale.start("cpu"))
+"""
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_never_comes_is_named_after_the_time_for_coming(process, tmp_path):
+    """Seven GPUs that wait in silence for the eighth, six hours long. (2 seconds here, else 5
+    minutes.)"""
+    assert scale.COMING.total_seconds() == 300
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    result = subprocess.run(
+        [sys.executable, str(write_script(tmp_path / "alone.py", ALONE))], capture_output=True,
+        text=True, timeout=120, env=os.environ | {
+            "RANK": str(process), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port)})
+    assert result.returncode == 1, result.stderr[-2000:]
+    assert f"error: process {process} waited 0:00:02 for the other 1" in result.stderr
+    assert "Traceback" not in result.stderr
