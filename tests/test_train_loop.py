@@ -95,13 +95,6 @@ def files_of(folder):
             if f.is_file() and str(f.relative_to(folder)) not in named}
 
 
-def torchrun(*arguments, processes=2):
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(processes), str(ROOT / "train_loop.py"), *arguments],
-        capture_output=True, text=True, timeout=300)
-
-
 # ----------------------------------------------------------------------------------------------
 # The whole loop
 # ----------------------------------------------------------------------------------------------
@@ -768,38 +761,6 @@ def test_a_full_disk_is_named_and_loses_nothing(command, tmp_path, monkeypatch):
     assert (tmp_path / "run/iter_1/samples.jsonl").exists()
     train_loop.main(command)
     assert (tmp_path / "run/iter_2/policy").exists()
-
-
-# ----------------------------------------------------------------------------------------------
-# Several processes
-# ----------------------------------------------------------------------------------------------
-
-
-def test_two_processes_draw_the_same_samples_and_take_the_same_updates(command, tmp_path):
-    """Samples that depend on the number of GPUs; gradients off by the number of processes; a
-    process that waits for another's micro-batch for ever (5 pairs do not divide by 2)."""
-    train_loop.main(command)
-    result = torchrun(*[a.replace("/run", "/run2") for a in command])
-    assert result.returncode == 0, result.stderr[-3000:]
-    for name in ("samples.jsonl", "pairs.jsonl"):
-        assert rows(tmp_path / f"run/iter_1/{name}") == rows(tmp_path / f"run2/iter_1/{name}")
-    # Not the weights: Adam turns a gradient of rounding errors into a full step. (test_scale.py
-    # compares sharded weights, with SGD.)
-    one, two = (training(tmp_path / run) for run in ("run", "run2"))
-    assert len(one) == len(two) == 4
-    for a, b in zip(one[:2], two[:2]):
-        for name in ("loss", "grad_norm", "accuracy", "sampled_logratio"):
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
-
-
-@pytest.mark.parametrize("extra", [["--gradient-checkpointing", "--dtype", "bf16"],
-                                   ["--lora-rank", "2"]], ids=" ".join)
-def test_two_processes_run_what_the_recipes_use(extra, command, tmp_path):
-    """Sharding that works for plain fp32 only: the paper's run is bf16 with checkpointing."""
-    result = torchrun(*command, *extra, "--iterations", "1")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert not same(weights_of(tmp_path / "run", 1), AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model").state_dict())
 
 
 # ----------------------------------------------------------------------------------------------
