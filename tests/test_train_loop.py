@@ -656,7 +656,8 @@ def test_a_killed_sampling_phase_keeps_what_was_finished(command, tmp_path, monk
     command += ["--prompts-per-iteration", "16", "--iterations", "1", "--slots", "1"]
     train_loop.main(command)
     again, step, steps = [a.replace("/run", "/killed") for a in command], prepare.sample.step, []
-    total = sum(len(row["samples"][0]["ids"]) for row in rows(tmp_path / "run/iter_1/samples.jsonl"))
+    samples = rows(tmp_path / "run/iter_1/samples.jsonl")
+    total = sum(len(row["samples"][0]["ids"]) for row in samples)
 
     def dies(*args):
         steps.append(1)
@@ -669,7 +670,7 @@ def test_a_killed_sampling_phase_keeps_what_was_finished(command, tmp_path, monk
         train_loop.main(again)
     monkeypatch.setattr(prepare.sample, "step", step)
     [part] = (tmp_path / "killed/iter_1").glob("samples.jsonl.part*")
-    assert len(part.read_text().splitlines()) >= 8  # of 12 or so; the last of them wait for each other
+    assert len(part.read_text().splitlines()) >= 8  # of 12 or so; the last ones wait
     train_loop.main(again)
     expected, got = files_of(tmp_path / "run"), files_of(tmp_path / "killed")
     assert [name for name in expected if got[name] != expected[name]] == []
