@@ -249,7 +249,7 @@ def test_greedy_tokens_are_those_of_model_generate_or_it_is_refused(case):
     for ids, response in zip(prompts, got):
         text = oracle.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)))
         assert response == text[0, len(ids):].tolist()
-    assert (sampler is sample.generate) == (sampled != "one by one")
+    assert (sampler is sample.serve) == (sampled != "one by one")
     assert len(notes) == (sampled != "slots") and not any("\n" in note for note in notes)
 
 
