@@ -12,14 +12,16 @@ one token of one response, '.' is work on a row that has long ended):
 SELM samples one response for each of thousands of prompts, and their lengths differ tenfold, so:
 
   - A SLOT is one row of the KV cache. When its response ends it takes the next prompt, as soon as
-    enough slots are free to be worth a prefill (one of 16; see `generate`).
+    enough slots are free to be worth a prefill (one of 16; see `worth_a_prefill`).
   - Live slots are always the first n rows: when a slot ends and no prompt waits, the last row moves
     into the hole. Every step computes n rows and no dead one, also in the tail.
   - Each slot is at its own position, so nothing is padded to the left. `SlotCache` writes each
     row's key and value where that row stands, in place (a DynamicCache copies all of it at every
     step), and shows the model no more of the cache than the longest live row fills.
-  - Prompts are taken longest first: neighbours in length are prefilled together (little padding),
-    and the longest sequences do not start last, with few others to share a step.
+  - Of the next few hundred prompts the longest are taken first: neighbours in length are prefilled
+    together (little padding), and the longest do not start last, with few others to share a step.
+  - Responses are handed out in the order of their prompts, each as soon as it and all before it
+    have ended, and slots never run dry: a kill costs what is on its way, not the phase.
   - On a CPU most of a step is matrix products with few rows: see `packed_linears`.
 
 A sample depends on its prompt and its seed alone, not on the slots, the other prompts or the number
@@ -43,12 +45,14 @@ import math
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import Cache
 
+AHEAD = 8  # times slots: of so many prompts the longest first; their responses wait for each other
 KV_BLOCK = 128  # the cache grows by so many positions: one copy in 128 steps, little unused memory
 
 # ----------------------------------------------------------------------------------------------
@@ -113,7 +117,8 @@ class SlotCache(Cache):
 @dataclass
 class Slot:
     """A prompt and its response so far. `last` is its newest token, not yet in the cache."""
-    index: int  # of the prompt
+    index: int  # of the request
+    prompt: list
     last: int
     position: int  # where `last` belongs
     limit: int  # of tokens in the response
@@ -203,65 +208,86 @@ def packed_linears(model):
 # ----------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()  # inference_mode would taint buffers that a model replaces while it runs
-def generate(model, prompt_ids, *, stop_ids, max_new_tokens, slots=16, temperature=0.0, top_p=1.0,
-             seeds=None, progress=True):
+def generate(model, prompt_ids, *, max_new_tokens, seeds=None, progress=True, by=None, **options):
     """B lists of prompt ids -> B lists of sampled ids, in the order of the prompts.
 
-    A response ends with the first of `stop_ids` (kept), or without one at max_new_tokens (an int,
-    or B of them). temperature 0 is greedy: the tokens of model.generate(do_sample=False). seeds: B
-    ints >= 0, each fixing all random numbers of its prompt; None draws them from torch's global
-    generator. ValueError for an empty prompt, or one that does not fit the context with its limit.
+    max_new_tokens: an int, or B of them. seeds: B ints >= 0, each fixing all random numbers of its
+    prompt; None draws them from torch's global generator. by: `serve`, whose other options are
+    these, or one like it (harness/architectures.py).
     """
-    if not prompt_ids:
-        return []
-    waiting = make_slots(model.config, prompt_ids, max_new_tokens, seeds)
+    count = len(prompt_ids)
+    limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
+    seeds = torch.randint(2**62, (count,)).tolist() if seeds is None else seeds
+    requests = list(zip(prompt_ids, limits, seeds, strict=True))
+    return list((by or serve)(model, requests, expected=count if progress else None, **options))
+
+
+@torch.no_grad()  # inference_mode would taint buffers that a model replaces while it runs
+def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, expected=None):
+    """Requests, any iterable of (prompt ids, limit, seed) -> yields their responses, lists of ids,
+    in the order of the requests, which are read no further than needed.
+
+    A response ends with the first of `stop_ids` (kept), or without one at its limit of tokens.
+    temperature 0 is greedy: the tokens of model.generate(do_sample=False). expected: how many there
+    will be (0: unknown), for a progress bar; None: no bar. ValueError for an empty prompt, or one
+    that does not fit the context with its limit.
+    """
     check_settings(slots, temperature, top_p)
-    slots, longest = min(slots, len(waiting)), max(slot.limit for slot in waiting)
-    # When to refill? A prefill costs about one step, however few prompts are in it; a free slot
-    # wastes 1/slots of each step; slots / L of them end in a step (L: length of a response). Until
-    # k are free, a prompt costs 1/k of a prefill and k L / (2 slots^2) steps of idling: least at
-    # k = slots * sqrt(2 / L).
-    refill_at = max(1, min(slots, round(slots * (2 / longest) ** 0.5)))
-    cache = SlotCache(slots, max(slot.position + 1 + slot.limit for slot in waiting))
-    live, responses, was_training = [], [None] * len(prompt_ids), model.training
+    coming = (make_slot(model.config, i, *request) for i, request in enumerate(requests))
+    waiting = longest_last(coming, AHEAD * slots)
+    slots = min(slots, len(waiting))
+    refill_at = worth_a_prefill(slots, waiting)
+    cache = SlotCache(slots, context_length(model.config))
+    live, ended, due, was_training = [], {}, 0, model.training
     model.eval()
     try:
-        with packed_linears(model), tqdm(total=len(prompt_ids), desc="sample", unit="response",
-                                         leave=False, disable=not progress) as bar:
+        with packed_linears(model), tqdm(total=expected or None, desc="sample", unit="response",
+                                         leave=False, disable=expected is None) as bar:
             while waiting or live:
                 free = min(slots - len(live), len(waiting))
                 if free >= min(refill_at, len(waiting)) > 0:
                     taken = [waiting.pop() for _ in range(free)]
-                    prefill(model, cache, [prompt_ids[slot.index] for slot in taken], len(live))
+                    prefill(model, cache, [slot.prompt for slot in taken], len(live))
                     live += taken
+                    waiting = waiting or longest_last(coming, AHEAD * slots)
                 lm_logits = step(model, cache, live)  # (n, V)
                 uniforms = [slot.uniforms.random() for slot in live] if temperature else None
                 tokens = pick_tokens(lm_logits, uniforms, temperature, top_p).tolist()
                 for slot in advance(live, cache, tokens, stop_ids):
-                    responses[slot.index] = slot.response
+                    ended[slot.index] = slot.response
                     bar.update()
+                while due in ended and (waiting or live):
+                    yield ended.pop(due)
+                    due += 1
     finally:
         model.train(was_training)
-    return responses
+    yield from (ended[index] for index in sorted(ended))  # the model is its owner's again
 
 
-def make_slots(config, prompt_ids, max_new_tokens, seeds):
-    """A Slot for each prompt, the longest prompt last."""
-    count, context = len(prompt_ids), context_length(config)
-    limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
-    seeds = torch.randint(2**62, (count,)).tolist() if seeds is None else seeds
-    slots = []
-    for i, (ids, limit, seed) in enumerate(zip(prompt_ids, limits, seeds, strict=True)):
-        if len(ids) == 0:
-            raise ValueError(f"prompt {i} has no tokens; there is nothing to predict from")
-        if limit < 1:
-            raise ValueError(f"need max_new_tokens >= 1; got {limit}")
-        if len(ids) + limit > context:
-            raise ValueError(f"a prompt of {len(ids)} tokens and {limit} new ones exceed the "
-                             f"model's context of {context}; shorten the prompt or the response")
-        slots.append(Slot(i, ids[-1], len(ids) - 1, limit, random.Random(seed)))
-    return sorted(slots, key=lambda slot: slot.position)
+def worth_a_prefill(slots, waiting):
+    """How many slots must be free to refill them. A prefill costs about one step, however few
+    prompts are in it; a free slot wastes 1/slots of each step; slots / L of them end in a step (L:
+    length of a response). Until k are free, a prompt costs 1/k of a prefill and k L / (2 slots^2)
+    steps of idling: least at k = slots * sqrt(2 / L)."""
+    longest = max((slot.limit for slot in waiting), default=1)
+    return max(1, min(slots, round(slots * (2 / longest) ** 0.5)))
+
+
+def longest_last(coming, count):
+    """The next slots, at most `count`, the longest prompt last."""
+    return sorted(islice(coming, count), key=lambda slot: slot.position)
+
+
+def make_slot(config, index, ids, limit, seed):
+    """The Slot of a request. Errors: ValueError."""
+    if len(ids) == 0:
+        raise ValueError(f"prompt {index} has no tokens; there is nothing to predict from")
+    if limit < 1:
+        raise ValueError(f"need max_new_tokens >= 1; got {limit}")
+    if len(ids) + limit > (context := context_length(config)):
+        raise ValueError(f"a prompt of {len(ids)} tokens and {limit} new ones exceed the model's "
+                         f"context of {context}; shorten the prompt or the response")
+    return Slot(index, ids, ids[-1], len(ids) - 1, limit, random.Random(seed))
 
 
 def check_settings(slots, temperature, top_p):

@@ -28,6 +28,7 @@ ends.before(__name__)  # first of all: Ctrl-C while the libraries load is one li
 import functools
 import itertools
 import math
+import operator
 import shutil
 from dataclasses import replace
 
@@ -45,7 +46,7 @@ from harness.scale import PROCESS, PROCESSES, gather, say
 from harness.settings import stream
 from model import Policy
 
-CHUNK = 1024  # prompts that are sampled, tokenised and judged together
+CHUNK = 1024  # prompts that are tokenised and judged together
 
 # ----------------------------------------------------------------------------------------------
 # 1. Algorithm 1
@@ -96,32 +97,37 @@ def sample_responses(records, policy, start, s):
     A prompt's samples depend on (seed, iteration, prompt_id) alone, not on its neighbours.
     """
     chat, n = start.chat, s.responses_per_prompt  # 0: offline DPO on the data's own pairs
+    expected = operator.length_hint(records) * n if PROCESS == 0 else None
+    records, ahead = itertools.tee(records)
+    ys = iter(start.serve(
+        weights.load_frozen(policy, s.compute, start.attention), requests(ahead, chat, s),
+        stop_ids=chat.stop_ids, slots=s.slots, temperature=s.temperature, top_p=s.top_p,
+        expected=expected) if n else ())
+    for record in records:
+        yield {"prompt_id": record["prompt_id"], "samples": [
+            {"ids": y, "text": chat.text(y), "finished": y[-1] in chat.stop_ids}
+            for y in itertools.islice(ys, n)]}
+
+
+def requests(records, chat, s):
+    """What sampling asks for: yields (prompt ids, most tokens of y, random stream), n a record."""
     for chunk in chunks(records, CHUNK):
-        prompts = [data.cut_prompt(ids, s.max_prompt_length, chat.bos_id)
-                   for ids in chat.prompts_ids([record["prompt"] for record in chunk])]
-        # What the prompt leaves of --max-length is all that y may have: nothing is cut afterwards.
-        limits = [min(s.max_new_tokens, s.max_length - len(prompt)) for prompt in prompts]
-        ids = start.generate(
-            weights.load_frozen(policy, s.compute, start.attention),
-            [prompt for prompt in prompts for _ in range(n)], stop_ids=chat.stop_ids,
-            max_new_tokens=[limit for limit in limits for _ in range(n)], slots=s.slots,
-            temperature=s.temperature, top_p=s.top_p, progress=PROCESS == 0,
-            seeds=[stream(s.seed, s.iteration, r["prompt_id"], j) for r in chunk for j in range(n)]
-        ) if n else []
-        for i, record in enumerate(chunk):
-            yield {"prompt_id": record["prompt_id"], "samples": [
-                {"ids": y, "text": chat.text(y), "finished": y[-1] in chat.stop_ids}
-                for y in ids[i * n:(i + 1) * n]]}
+        prompts = chat.prompts_ids([record["prompt"] for record in chunk])
+        for record, ids in zip(chunk, prompts):
+            ids = data.cut_prompt(ids, s.max_prompt_length, chat.bos_id)
+            # What the prompt leaves of --max-length is all that y may have: nothing is cut later.
+            limit = min(s.max_new_tokens, s.max_length - len(ids))
+            for j in range(s.responses_per_prompt):
+                yield ids, limit, stream(s.seed, s.iteration, record["prompt_id"], j)
 
 
 def sample_of_two(records, policy, start, s):
     """--pairs reference: of each record the policy's sample, then one of the first model."""
-    records, again = itertools.tee(records)
-    # `iteration` only chooses the random stream there: one of its own.
-    other = replace(s, iteration=f"{s.iteration}, reference")
-    for row, its in zip(sample_responses(records, policy, start, s),
-                        sample_responses(again, start.policy, start, other)):
-        yield {**row, "samples": row["samples"] + its["samples"]}
+    other = replace(s, iteration=f"{s.iteration}, reference")  # a random stream of its own
+    for chunk in chunks(records, 8 * s.slots):  # one after the other: each has a cache
+        rows = list(sample_responses(chunk, policy, start, s))
+        for row, its in zip(rows, list(sample_responses(chunk, start.policy, start, other))):
+            yield {**row, "samples": row["samples"] + its["samples"]}
 
 
 def rank_candidates(records, samples, start, s):
@@ -242,7 +248,7 @@ def answer(records, policy, start, s, judge):
     scores, hot = judge(prompts, texts, ids), [{}] * len(own)
     if start.also_samples(s.temperature):
         rows = sample_responses(records, policy, start, replace(s, temperature=1.0))
-        lists = [[*given, row["samples"][0]["text"]] for (*given, _), row in zip(texts, rows)]
+        lists = [[*given, row["samples"][0]["text"]] for row, (*given, _) in zip(rows, texts)]
         hot = [{"response_at_temperature_1": y, "score_at_temperature_1": score}
                for (*_, y), (*_, score) in zip(lists, judge(prompts, lists, ids))]
     policy_logps, start_logps = (logps_of(path, trees, s) for path in (policy, start.policy))

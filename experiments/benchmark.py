@@ -463,7 +463,7 @@ def worker_loop_ours(settings):
     s.run_dir.mkdir()
     start = time.perf_counter()
     train_loop.self_explore(run, prepare.Start(
-        run, str(folder), chat, prepare.sample.generate, "selm_tree", LoopJudge(), [records],
+        run, str(folder), chat, prepare.sample.serve, "selm_tree", LoopJudge(), [records],
         []), s)
     seconds = time.perf_counter() - start
     losses = [row["loss"] for _, row in rundir.read_jsonl(s.run_dir / "metrics.jsonl")

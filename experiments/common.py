@@ -79,7 +79,7 @@ class World:
                    for row in toy.preference_rows(prompts, variant, name)]
         judge = judges.load_judge("oracle", oracle=toy.oracle(variant))
         self.start = prepare.Start(
-            rundir.Run(self.home), str(base), template.ChatFormat(tokenizer), sample.generate,
+            rundir.Run(self.home), str(base), template.ChatFormat(tokenizer), sample.serve,
             "selm_tree", judge, preferences.split_portions(records, iterations, rows, seed), [])
 
     def policies(self, folder, start=None, **changes):

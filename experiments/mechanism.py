@@ -192,7 +192,7 @@ def norms_of_means(world, temperature, samples, batch=32):
     chat, model = world.start.chat, world.base
     prompts = [chat.prompt_ids(record["prompt"]) for record in world.start.portions[0]]
     prompts = (prompts * (samples // len(prompts)))[:samples]
-    ys = world.start.generate(
+    ys = sample.generate(
         model, prompts, stop_ids=chat.stop_ids, max_new_tokens=8, slots=128, progress=False,
         temperature=temperature, seeds=[stream(world.seed, i) for i in range(samples)])
     means, norms = [], {}

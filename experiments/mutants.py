@@ -167,8 +167,8 @@ MUTANTS = [
     ("the new token stands where the last one stood", "sample.py",
      "slot.last, slot.position = tokens[row], slot.position + 1",
      "slot.last, slot.position = tokens[row], slot.position", SAMPLE),
-    ("all prompts share one random stream", "sample.py", "limit, random.Random(seed)))",
-     "limit, random.Random(seeds[0])))", SAMPLE),
+    ("all prompts share one random stream", "sample.py", "limit, random.Random(seed))",
+     "limit, random.Random(0))", SAMPLE),
     ("a slot that moves leaves its cache behind", "sample.py",
      "cache.move(len(live) - 1, row)", "pass", SAMPLE),
     ("temperature is ignored", "sample.py", "probs = (lm_logits / temperature).softmax(-1)",
@@ -182,8 +182,9 @@ MUTANTS = [
     ("a step's window is one token too wide", "sample.py", "(distance >= 0) & (distance < window)",
      "(distance >= 0) & (distance <= window)", SAMPLE),
     ("responses come back in the order in which they ended", "sample.py",
-     "responses[slot.index] = slot.response",
-     "responses[responses.index(None)] = slot.response", SAMPLE),
+     "ended[slot.index] = slot.response", "ended[due + len(ended)] = slot.response", SAMPLE),
+    ("a response is handed out twice", "sample.py", "yield ended.pop(due)", "yield ended[due]",
+     SAMPLE),
     ("a prompt's cache begins one position late", "sample.py",
      "positions = torch.arange(length, device=model.device).expand(len(rows), -1)",
      "positions = torch.arange(1, length + 1, device=model.device).expand(len(rows), -1)", SAMPLE),
@@ -254,11 +255,10 @@ MUTANTS = [
      "known[tree.prompt_id] = dict(zip(tree.candidate_indices, logps))",
      "known[tree.prompt_id] = dict(zip(tree.candidate_indices[::-1], logps))", BOOK),
     ("prompts of an iteration share their random stream", "train_loop.py",
-     'stream(s.seed, s.iteration, r["prompt_id"], j)', "stream(s.seed, s.iteration, j)", LOOP
+     'stream(s.seed, s.iteration, record["prompt_id"], j)', "stream(s.seed, s.iteration, j)", LOOP
      + "::test_prompts_and_iterations_have_random_streams_of_their_own"),
     ("y may be longer than its prompt leaves room for", "train_loop.py",
-     "limits = [min(s.max_new_tokens, s.max_length - len(prompt)) for prompt in prompts]",
-     "limits = [s.max_new_tokens for prompt in prompts]", LOOP
+     "limit = min(s.max_new_tokens, s.max_length - len(ids))", "limit = s.max_new_tokens", LOOP
      + "::test_the_samplers_limit_is_what_the_prompt_leaves"),
     ("equal pairs lose their optimism term", "train_loop.py",
      'and (row["chosen"] != row["rejected"] or s.alpha > 0):',

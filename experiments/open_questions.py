@@ -161,7 +161,7 @@ def ensemble(world, folder, thompson):
     policy, policies, labels = world.start.policy, [], []
     for k, portion in enumerate(world.start.portions):
         heads = Heads(world, labels + data_pairs(world, portion))
-        start = replace(world.start, policy=policy, portions=[portion], generate=functools.partial(
+        start = replace(world.start, policy=policy, portions=[portion], serve=functools.partial(
             choose, heads, thompson))
         [policy] = map(str, world.policies(folder / str(k), start, alpha=0.0, temperature=1.0))
         policies.append(policy)
@@ -173,13 +173,13 @@ def ensemble(world, folder, thompson):
     return policies
 
 
-def choose(heads, thompson, model, prompts, *, seeds, max_new_tokens, **options):
-    """Stands in for sample.generate: of CHOICES samples the one that a head likes best."""
-    many = sample.generate(
-        model, [prompt for prompt in prompts for _ in range(CHOICES)],
-        seeds=[stream(seed, j) for seed in seeds for j in range(CHOICES)],
-        max_new_tokens=[limit for limit in max_new_tokens for _ in range(CHOICES)], **options)
-    scores = heads.scores([prompt for prompt in prompts for _ in range(CHOICES)], many)
+def choose(heads, thompson, model, requests, **options):
+    """Stands in for sample.serve: of CHOICES samples the one that a head likes best."""
+    prompts, limits, seeds = zip(*requests)
+    prompts, limits = ([x for x in xs for _ in range(CHOICES)] for xs in (prompts, limits))
+    streams = [stream(seed, j) for seed in seeds for j in range(CHOICES)]
+    many = list(sample.serve(model, zip(prompts, limits, streams), **options))
+    scores = heads.scores(prompts, many)
     picked = []
     for i, seed in enumerate(seeds):
         theirs = scores[:, i * CHOICES:(i + 1) * CHOICES]  # (heads, choices)

@@ -94,22 +94,22 @@ def probe_length(config, max_length):
 
 @torch.no_grad()
 def choose_sampler(model, ids, length, say=print):
-    """The function that samples this model: sample.generate, or generate_one_by_one (the same
+    """The function that samples this model: sample.serve, or serve_one_by_one (the same
     arguments) where slots are not right. May set the model's attention to eager; `say` gets a line
     about anything but the ordinary case. ValueError where neither is right.
 
     ids: any prompt's, to make the two of; length: of the longer one, see probe_length.
     """
     length = min(length, sample.context_length(model.config) - TRIAL_STEPS)
-    prompts = sorted((ids[:3], (ids * length)[:length]), key=len)  # as make_slots sorts them
+    prompts = sorted((ids[:3], (ids * length)[:length]), key=len)
     name, first = type(model).__name__, model.config._attn_implementation
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.2  # bf16 is off by a few percent
-    for sampler, trial, attention in ((sample.generate, trial_in_slots, first),
-                                      (sample.generate, trial_in_slots, "eager"),
-                                      (generate_one_by_one, trial_one_by_one, "eager")):
+    for sampler, trial, attention in ((sample.serve, trial_in_slots, first),
+                                      (sample.serve, trial_in_slots, "eager"),
+                                      (serve_one_by_one, trial_one_by_one, "eager")):
         model.set_attn_implementation(attention)
         if error_of(trial, model, prompts) <= tolerance:
-            if sampler is generate_one_by_one:
+            if sampler is serve_one_by_one:
                 say(f"note: {name} does not fit into slots; its own generate samples it, slowly, "
                     "one prompt at a time")
             elif attention != first:
@@ -143,7 +143,8 @@ def error_of(trial, model, prompts):
 def trial_in_slots(model, prompts):
     """TRIAL_STEPS greedy tokens behind each prompt, and their logits: n (tokens, (steps, V))."""
     cache = sample.SlotCache(len(prompts), max(map(len, prompts)) + TRIAL_STEPS)
-    live, steps = sample.make_slots(model.config, prompts, TRIAL_STEPS, seeds=[0, 0]), []
+    live, steps = [sample.make_slot(model.config, i, ids, TRIAL_STEPS, seed=0)
+                   for i, ids in enumerate(prompts)], []
     sample.prefill(model, cache, prompts, first=0)
     while live:
         steps.append(sample.step(model, cache, live))  # (n, V)
@@ -159,14 +160,14 @@ def trial_one_by_one(model, prompts):
 
 
 @torch.no_grad()
-def generate_one_by_one(model, prompt_ids, *, stop_ids, max_new_tokens, slots=1, temperature=0.0,
-                        top_p=1.0, seeds=None, progress=True):
-    """sample.generate where slots are not right: transformers' own, prompt by prompt, with whatever
+def serve_one_by_one(model, requests, *, stop_ids, slots=1, temperature=0.0, top_p=1.0,
+                     expected=None):
+    """sample.serve where slots are not right: transformers' own, prompt by prompt, with whatever
     cache or state the model has. The same tokens, from the same random numbers."""
     sample.check_settings(slots, temperature, top_p)
-    responses = [None] * len(prompt_ids)
-    waiting = sample.make_slots(model.config, prompt_ids, max_new_tokens, seeds)
-    for slot in tqdm(waiting, desc="sample", unit="response", disable=not progress):
+    for i, request in enumerate(tqdm(requests, "sample", expected or None, unit="response",
+                                     leave=False, disable=expected is None)):
+        slot = sample.make_slot(model.config, i, *request)
 
         def only_ours(_, lm_logits):
             """A logits processor that leaves one token to choose from."""
@@ -174,10 +175,9 @@ def generate_one_by_one(model, prompt_ids, *, stop_ids, max_new_tokens, slots=1,
             token = sample.pick_tokens(lm_logits, uniforms, temperature, top_p)[:, None]
             return torch.full_like(lm_logits, -math.inf).scatter(1, token, 0.0)
 
-        ids = prompt_ids[slot.index]
-        output = own_generate(model, ids, slot.limit, stop_ids, logits_processor=[only_ours])
-        responses[slot.index] = output.sequences[0, len(ids):].tolist()
-    return responses
+        output = own_generate(model, slot.prompt, slot.limit, stop_ids,
+                              logits_processor=[only_ours])
+        yield output.sequences[0, len(slot.prompt):].tolist()
 
 
 def own_generate(model, ids, limit, stop_ids, **options):

@@ -145,9 +145,9 @@ def load_answerer(args):
         probe = architectures.probe_length(model.config, longest)
         if probe > probed:  # the first turn, or one that outgrows an attention window
             sampler, probed = architectures.choose_sampler(model, prompt_ids[0], probe, note), probe
-        responses = sampler(
-            model, prompt_ids, stop_ids=stop_ids, max_new_tokens=limits, slots=args.slots,
-            temperature=args.temperature, top_p=args.top_p, progress=progress,
+        responses = sample.generate(
+            model, prompt_ids, by=sampler, stop_ids=stop_ids, max_new_tokens=limits,
+            slots=args.slots, temperature=args.temperature, top_p=args.top_p, progress=progress,
             seeds=list(itertools.islice(seeds, len(prompt_ids))))
         cut = sum(ids[-1] not in stop_ids for ids in responses)
         if cut:

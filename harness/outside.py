@@ -31,6 +31,7 @@ def samples(records, policy, start, s):
     for prompt_id in (record["prompt_id"] for record in start.portions[s.iteration - s.first]):
         if prompt_id not in found:  # before the first of them is used
             raise ValueError(f"--samples-from {source} has no line for prompt_id {prompt_id}")
+    records = iter(records)
     while chunk := list(itertools.islice(records, 1000)):
         pairs = [(record["prompt"], y) for record in chunk for y in found[record["prompt_id"]]]
         ids = iter(start.chat.responses_ids([(prompt, y["text"]) for prompt, y in pairs]))

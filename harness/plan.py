@@ -158,7 +158,7 @@ def sampling(path, compute, lengths, slots):
             slots, longest)
         kept = live.peak = live.now
         sample.prefill(model, cache, [[3] * prompt] * slots, 0)
-        last = sample.Slot(0, 3, longest - 1, 1, random.Random(0))
+        last = sample.Slot(0, [], 3, longest - 1, 1, random.Random(0))
         lm_logits = sample.step(model, cache, [last] * slots)
         sample.pick_tokens(lm_logits, [0.5] * slots, 1.0, 1.0)
         slots_full = sum(x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values))

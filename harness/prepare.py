@@ -34,7 +34,7 @@ class Inputs:
     made_from: dict  # what a run is known by: name -> JSON value
     files: list  # (flag, path) of local files: --fresh must not delete them
     chat: template.ChatFormat | None = None
-    sampler: tuple = ()  # (generate, attention), see Start
+    sampler: tuple = ()  # (serve, attention), see Start
     records: list = ()
     held_out: list = ()
     eval_judge: judges.Judge | None = None
@@ -46,7 +46,7 @@ class Start:
     run: Run  # records what they share: the unpacked policy, the world, the start's evaluation
     policy: str
     chat: template.ChatFormat
-    generate: object  # sample.generate, or what samples an architecture that it would get wrong,
+    serve: object  # sample.serve, or what samples an architecture that it would get wrong,
     attention: str  # under this attention
     judge: judges.Judge
     portions: list
@@ -156,7 +156,7 @@ def read_data(s):
 
 
 def check_model(s, chat, records):
-    """(generate, attention) that sample this model rightly. ValueError for a model whose log-probs
+    """(serve, attention) that sample this model rightly. ValueError for a model whose log-probs
     or samples we would get wrong."""
     trees = [data.Tree(chat.prompt_ids(row["prompt"])[-16:],
                        [chat.response_ids(row["prompt"], row["data_chosen"])[:16],
@@ -166,9 +166,9 @@ def check_model(s, chat, records):
     model = weights.load_model(s.model, dtype, s.device, s.compute.attention)
     architectures.self_check(policies.Policy(model), data.pad if s.plain_rows else data.pack, trees,
                         s.max_length, packed=not s.plain_rows)
-    generate = architectures.choose_sampler(
+    serve = architectures.choose_sampler(
         model, trees[0].prompt_ids, architectures.probe_length(model.config, s.max_length), say)
-    return generate, model.config._attn_implementation
+    return serve, model.config._attn_implementation
 
 
 def count_prompts(s):

@@ -145,8 +145,8 @@ class Run:
     def once(self, path, phase, *args, made_with=None):
         """What `phase` leaves at `path`: read if it is finished, else made; all processes agree.
 
-        A .jsonl path: phase(items, *args) yields a row for each of items, in order. It gets a
-        generator of the items of this process that a killed try did not finish; returns Rows.
+        A .jsonl path: phase(items, *args) yields a row for each of items, in order. It gets the
+        items of this process that a killed try did not finish; returns Rows.
         Any other path: phase(path, *args) writes it; returns the path. made_with: a JSON value;
         what was made with another one is made again (None: whatever it was made with).
         """
@@ -226,9 +226,9 @@ class Run:
         failure = None
         with open(part, "a+b") as file:
             done = keep_whole_lines(file)
-            share = (items[i] for i in range(PROCESS + done * PROCESSES, len(items), PROCESSES))
+            left = range(PROCESS + done * PROCESSES, len(items), PROCESSES)
             try:
-                for row in phase(share, *args):
+                for row in phase(Share(items, left), *args):
                     file.write(line_of(row).encode())
                     file.flush()
                 os.fsync(file.fileno())
@@ -253,6 +253,19 @@ class Run:
             for old in path.parent.glob(f"{path.name}.part*"):
                 old.unlink()
         only_first(weave)
+
+
+class Share:
+    """Some of the items, each read when its turn comes."""
+
+    def __init__(self, items, places):
+        self.items, self.places = items, places
+
+    def __len__(self):
+        return len(self.places)
+
+    def __iter__(self):
+        return (self.items[place] for place in self.places)
 
 
 def keep_whole_lines(file):

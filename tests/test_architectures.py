@@ -242,13 +242,14 @@ def test_greedy_tokens_are_those_of_model_generate_or_it_is_refused(case):
     probe = architectures.probe_length(model.config, sample.context_length(model.config))
     sampler = architectures.choose_sampler(model, prompts[0], probe, notes.append)
     stop_ids = set(range(2, VOCABULARY, 8))
-    got = sampler(model, prompts, stop_ids=stop_ids, max_new_tokens=8, slots=3, progress=False)
+    got = sample.generate(model, prompts, by=sampler, stop_ids=stop_ids, max_new_tokens=8, slots=3,
+                          progress=False)
     oracle.generation_config = GenerationConfig(
         max_new_tokens=8, eos_token_id=sorted(stop_ids), pad_token_id=0)
     for ids, response in zip(prompts, got):
         text = oracle.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)))
         assert response == text[0, len(ids):].tolist()
-    assert (sampler is sample.generate) == (sampled != "one by one")
+    assert (sampler is sample.serve) == (sampled != "one by one")
     assert len(notes) == (sampled != "slots") and not any("\n" in note for note in notes)
 
 

@@ -23,19 +23,18 @@ def engine(prompt_ids, limit):
     return make_tokenizer().decode(ids[:limit], skip_special_tokens=True), len(ids) <= limit
 
 
-def generate(_, prompts, max_new_tokens, **__):
-    """The same engine where our sampler stands: prompts of ids -> ids."""
-    def ids(prompt, limit):
+def serve(_, requests, **__):
+    """The same engine where our sampler stands: yields ids."""
+    for prompt, limit, _ in requests:
         text, finished = engine(prompt, limit)
-        return make_tokenizer()(text + END * finished, add_special_tokens=False)["input_ids"]
-    return list(map(ids, prompts, max_new_tokens))
+        yield make_tokenizer()(text + END * finished, add_special_tokens=False)["input_ids"]
 
 
 def test_samples_of_another_engine_make_the_run_that_our_sampler_would_have_made(
         command, tmp_path, monkeypatch):
     """A sample beside another prompt, a lost or second end token, an end behind what was cut off,
     prompts in other ids than those that are trained."""
-    monkeypatch.setattr(prepare.architectures, "choose_sampler", lambda *_: generate)
+    monkeypatch.setattr(prepare.architectures, "choose_sampler", lambda *_: serve)
     train_loop.main(command)
     there = [part.replace("/run", "/there") for part in command]
     for k in (1, 2):

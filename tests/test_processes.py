@@ -18,8 +18,8 @@ import train_loop
 from conftest import ARCHITECTURES, ROOT, SIZES, make_model, make_tokenizer
 from harness import scale, weights
 from test_model import make_trees
-from test_train_loop import (command, files_of, training,  # noqa: F401 (command: a fixture)
-                             write_model)
+from test_train_loop import (SMALL, command, files_of, rows,  # noqa: F401 (command: a fixture)
+                             training, write_judge, write_model, write_preferences)
 
 
 @pytest.fixture
@@ -203,6 +203,108 @@ def test_the_stored_dtype_is_read_off_the_weights(tmp_path):
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"float32"', '"bfloat16"'))
     assert weights.stored_dtype(tmp_path) == torch.float32
+
+
+# ----------------------------------------------------------------------------------------------
+# 1, 2 and 3 processes give the same run
+# ----------------------------------------------------------------------------------------------
+
+# 7 prompts in batches of 3 divide by neither 2 nor 3. Adam's usual eps turns a gradient of rounding
+# errors into a full step; with 0.01 a step is as exact as its gradient.
+SAME = ("--prompts-per-iteration 7 --batch-size 3 --iterations 1 --adam-eps 0.01 --lr 1e-2 "
+        "--temperature 1").split()
+VARIANTS = {  # name: (architecture, template, flags)
+    "sampled": ("llama", "chatml", "--iterations 2"),
+    "greedy, a checkpoint an update": ("llama", "llama3", "--temperature 0 --save-every 1"),
+    "fewer prompts than processes": ("llama", "chatml", "--prompts-per-iteration 1"),
+    "plain rows": ("llama", "chatml", "--plain-rows"),
+    "offload": ("llama", "chatml", "--offload"),
+    "LoRA": ("llama", "chatml", "--lora-rank 2"),
+    "Zephyr's iteration 0, checkpointing": (
+        "mistral", "zephyr", "--gradient-checkpointing --offline-first --iterations 2"),
+    "Phi-3": ("phi3", "phi3", ""),
+    "bf16, checkpointing": ("llama", "chatml", "--dtype bf16 --gradient-checkpointing"),
+    "sigterm": ("llama", "chatml", "")}
+MANY = """
+import json, signal
+import train_loop
+from harness import scale
+train_loop.finish = lambda *arguments: None  # figures take longer than all that is compared
+scale.start("cpu")
+stop, gradient, calls = scale.stop, train_loop.gradient, []
+scale.start, scale.stop = lambda device: None, lambda: None  # one group for all runs
+
+def asked(*arguments):  # one process alone is told to end
+    calls.append(1)
+    if len(calls) == 2 and scale.PROCESS == scale.PROCESSES - 1:
+        signal.raise_signal(signal.SIGTERM)
+    return gradient(*arguments)
+for command in json.load(open(sys.argv[1])):
+    command = [word.replace("/1/", f"/{scale.PROCESSES}/") for word in command]
+    if "/sigterm" in command[command.index("--run-dir") + 1]:
+        train_loop.gradient = asked
+        try:
+            train_loop.main(command)
+        except train_loop.ends.Terminated as end:
+            assert "after update 1 of 3" in str(end)
+        else:
+            raise SystemExit("SIGTERM was not heard")
+        train_loop.gradient = gradient
+    train_loop.main(command)
+stop()
+"""
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """(a folder with 1/VARIANT, the runs of one process; a file with their commands)"""
+    home = tmp_path_factory.mktemp("same")
+    data, judge = write_preferences(home / "p.jsonl"), write_judge(home / "judge.py")
+    commands = []
+    for name, (architecture, style, flags) in VARIANTS.items():
+        model = home / f"{architecture}_{style}"
+        if not model.exists():
+            write_model(model, architecture, style)
+        commands.append(["--model", str(model), "--data", data, "--ranker", judge, "--run-dir",
+                         str(home / "1" / name), *SMALL, *SAME, *flags.split()])
+    (home / "commands.json").write_text(json.dumps(commands))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_loop, "finish", lambda *arguments: None)
+        for command in commands:
+            train_loop.main(command)
+    return home
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_run_of_one(processes, single, tmp_path):
+    """Samples that depend on the number of GPUs; gradients off by the number of processes; a
+    process that waits for another's micro-batch for ever; sharding that works for plain fp32 only;
+    SIGTERM at one process, for which the others wait."""
+    process = launch(write_script(tmp_path / "many.py", MANY), str(single / "commands.json"),
+                     processes=processes)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr[-3000:]
+    for name, (*_, flags) in VARIANTS.items():
+        one, many = single / "1" / name, single / str(processes) / name
+        first = 0 if "offline" in flags else 1
+        last = first + ("--iterations 2" in flags)
+        start, a, b = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (
+            json.loads((one / "config.json").read_text())["settings"]["model"],
+            one / f"iter_{last}/policy", many / f"iter_{last}/policy"))
+        assert max((a[key] - start[key]).abs().max() for key in a) > 1e-3, name
+        if "bf16" in name:  # the order of its sums shows in every digit: it ran, and it moved
+            assert max((b[key] - start[key]).abs().max() for key in b) > 1e-3, name
+            continue
+        for k in range(first, last + 1):
+            for file in ("samples.jsonl", "pairs.jsonl"):
+                assert rows(one / f"iter_{k}" / file) == rows(many / f"iter_{k}" / file), name
+        assert len(training(one)) == len(training(many)) == (
+            (1 if "fewer" in name else 3) * (last - first + 1))
+        for x, y in zip(training(one), training(many)):
+            assert x.pop("phase") == y.pop("phase")  # the rest are numbers
+            assert x == pytest.approx(y, rel=1e-4, abs=1e-5), name
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=0, msg=f"{name}, {key}")
 
 
 # ----------------------------------------------------------------------------------------------

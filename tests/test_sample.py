@@ -67,6 +67,29 @@ def test_no_row_of_any_step_belongs_to_an_ended_response(monkeypatch):
     assert len(steps) < 24 * 20 / 4, "slots that free up are refilled before the others end"
 
 
+def test_responses_are_handed_out_in_order_while_slots_stay_full(monkeypatch):
+    """A killed phase that loses an hour of finished responses; slots that are drained between two
+    portions of the prompts; all prompts of a large file in memory; a model that the caller gets
+    back with layers that are still packed."""
+    model, prompts, rows = make_model(), make_prompts((4, 9, 1, 6, 3) * 16), []
+    forward, asked = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda **kw: (
+        rows.append(kw["input_ids"].shape) or forward(**kw)))
+    requests = ((asked.append(i) or ids, 24, i) for i, ids in enumerate(prompts))
+    waits, got = [], []
+    for response in sample.serve(model, requests, stop_ids=STOP, slots=4, temperature=1.0):
+        got.append(response)
+        waits.append(len(asked) - len(got))
+    assert not any("forward" in vars(module) for module in model.modules() if module is not model)
+    steps = [n for n, width in rows if width == 1]
+    last = len(steps) - steps[::-1].index(4)  # until the last prompts nobody waits for anybody
+    assert len(steps) - last <= 24 and steps[:last].count(4) / last > 0.85
+    assert max(waits) <= 4 + 2 * 4 * sample.AHEAD < 80
+    monkeypatch.undo()
+    for ids, seed, response in zip(prompts, range(80), got, strict=True):
+        assert ours(model, [ids], seeds=[seed], temperature=1.0) == [response]
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 def test_a_sample_depends_on_its_prompt_and_seed_only(top_p):
     """One generator for the whole batch: another number of slots would then give other samples."""
@@ -218,8 +241,8 @@ def test_one_by_one_gives_the_samples_of_slots(top_p):
     for kwargs in (dict(), dict(temperature=1.5, top_p=top_p, seeds=seeds),
                    dict(max_new_tokens=[3, 24, 8] * 3)):
         kwargs = dict(stop_ids=STOP, max_new_tokens=24, slots=3, progress=False) | kwargs
-        assert architectures.generate_one_by_one(model, prompts, **kwargs) == sample.generate(
-            model, prompts, **kwargs)
+        assert sample.generate(model, prompts, by=architectures.serve_one_by_one, **kwargs) == (
+            sample.generate(model, prompts, **kwargs))
     assert model.generation_config.repetition_penalty == 5.0
 
 
@@ -227,7 +250,7 @@ def test_one_by_one_gives_the_samples_of_slots(top_p):
 def test_slots_that_are_wrong_for_a_model_are_not_used(monkeypatch, fault):
     """Other tokens, without a sign. The faults are ours here, and architectures' in real life."""
     model, notes = make_model(scale=3.0), []
-    assert architectures.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.generate
+    assert architectures.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.serve
     if fault == "position":
         forward = model.forward
         monkeypatch.setattr(model, "forward", lambda *args, position_ids=None, **kwargs: forward(
@@ -241,7 +264,7 @@ def test_slots_that_are_wrong_for_a_model_are_not_used(monkeypatch, fault):
             self, 0, *args, **kwargs) or setattr(self, "rows", self.rows * 0))
     assert not notes
     sampler = architectures.choose_sampler(model, [5, 6, 7, 8], 20, notes.append)
-    assert sampler is architectures.generate_one_by_one and len(notes) == 1
+    assert sampler is architectures.serve_one_by_one and len(notes) == 1
     assert model.config._attn_implementation == "eager"
 
 
@@ -253,7 +276,7 @@ def test_slots_are_compared_with_eager_attention_not_with_the_one_they_use():
     AttentionMaskInterface.register("half", sdpa_mask)
     model, notes = make_model(scale=3.0), []
     model.set_attn_implementation("half")
-    assert architectures.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.generate
+    assert architectures.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.serve
     assert model.config._attn_implementation == "eager" and "eager attention" in notes[0]
 
 

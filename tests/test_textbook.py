@@ -62,7 +62,7 @@ def run_loop(folder, model, tokenizer, portions, flags, judge=judge):
     run = rundir.Run(folder / "run")
     run.folder.mkdir()
     train_loop.self_explore(run, prepare.Start(
-        run, s.model, template.ChatFormat(tokenizer), prepare.sample.generate, "selm_tree",
+        run, s.model, template.ChatFormat(tokenizer), prepare.sample.serve, "selm_tree",
         judges.load_judge("oracle", oracle=judge), portions, []), s)
     return run.folder, portions
 

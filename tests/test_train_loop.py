@@ -96,13 +96,6 @@ def files_of(folder):
             if f.is_file() and str(f.relative_to(folder)) not in named}
 
 
-def torchrun(*arguments, processes=2):
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(processes), str(ROOT / "train_loop.py"), *arguments],
-        capture_output=True, text=True, timeout=300)
-
-
 # ----------------------------------------------------------------------------------------------
 # The whole loop
 # ----------------------------------------------------------------------------------------------
@@ -207,7 +200,7 @@ def test_every_option_takes_effect_and_runs_the_whole_loop(extra, command, tmp_p
     """An option that is parsed and then forgotten, or fails after an hour of sampling."""
     made, padded, loras, penalties, nuclei = [], [], [], [], []
     policy, pad, penalise = policies.Policy, data.pad, judges.with_length_penalty
-    add_lora, generate = scale.add_lora, prepare.sample.generate
+    add_lora, serve = scale.add_lora, prepare.sample.serve
     monkeypatch.setattr(scale, "add_lora", lambda lm, r: loras.append(r) or add_lora(lm, r))
     # aot_eager traces like inductor, without its minute of C++ compilation.
     monkeypatch.setattr(weights, "Policy", lambda model, *a: made.append((model, *a)) or policy(
@@ -215,8 +208,8 @@ def test_every_option_takes_effect_and_runs_the_whole_loop(extra, command, tmp_p
     monkeypatch.setattr(data, "pad", lambda trees: padded.append(trees) or pad(trees))
     monkeypatch.setattr(judges, "with_length_penalty",
                         lambda judge, by, t: penalties.append(by) or penalise(judge, by, t))
-    monkeypatch.setattr(prepare.sample, "generate", lambda *a, **k: (
-        nuclei.append(k.get("top_p")) or generate(*a, **k)))
+    monkeypatch.setattr(prepare.sample, "serve", lambda *a, **k: (
+        nuclei.append(k.get("top_p")) or serve(*a, **k)))
     train_loop.main([*command, *extra])
     assert penalties == [0.1 if "--length-penalty" in extra else 0.0]
     assert set(nuclei) == {0.5 if "--top-p" in extra else 1.0}
@@ -475,10 +468,10 @@ def test_the_samplers_limit_is_what_the_prompt_leaves(tmp_path, monkeypatch):
     """y cut after it was sampled: judged whole, trained without its end."""
     asked, start = {}, fake_start(tmp_path, None)[0]
 
-    def generate(model, prompts, max_new_tokens, **k):
-        asked.update(zip(map(len, prompts), max_new_tokens))
-        return [[5]] * len(prompts)
-    start.generate, start.attention = generate, "eager"
+    def serve(model, requests, **options):
+        asked.update((len(prompt), limit) for prompt, limit, _ in requests)
+        return [[5]] * len(asked)
+    start.serve, start.attention = serve, "eager"
     s = SimpleNamespace(max_prompt_length=12, max_length=20, max_new_tokens=9, slots=2, top_p=1.0,
                         responses_per_prompt=1, temperature=0.0, seed=0, iteration=1, compute=None)
     monkeypatch.setattr(weights, "load_frozen", lambda *args: None)
@@ -493,11 +486,12 @@ def test_prompts_and_iterations_have_random_streams_of_their_own(tmp_path, monke
     """One stream for all prompts: samples of prompts that look alike are alike, and each iteration
     repeats the last one's luck."""
     seeds, start = [], fake_start(tmp_path, None)[0]
-    start.generate, start.attention = lambda *a, seeds, **k: seeds_seen(seeds), "eager"
 
-    def seeds_seen(given):
-        seeds.extend(given)
-        return [[5]] * len(given)
+    def serve(model, requests, **options):
+        for _, _, seed in requests:
+            seeds.append(seed)
+            yield [5]
+    start.serve, start.attention = serve, "eager"
     monkeypatch.setattr(weights, "load_frozen", lambda *args: None)
     records = [{"prompt_id": p, "prompt": [{"role": "user", "content": "hi"}]} for p in "abc"]
     for seed, iteration in ((0, 1), (0, 2), (1, 1), (0, 1)):
@@ -689,6 +683,32 @@ def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_training(
     assert (tmp_path / "run/iter_1/policy").exists()
 
 
+def test_a_killed_sampling_phase_keeps_what_was_finished(command, tmp_path, monkeypatch):
+    """An hour of sampling that is lost, because its rows are written when the last one has ended;
+    samples that change where the phase goes on."""
+    command += ["--prompts-per-iteration", "16", "--iterations", "1", "--slots", "1"]
+    train_loop.main(command)
+    again, step, steps = [a.replace("/run", "/killed") for a in command], prepare.sample.step, []
+    samples = rows(tmp_path / "run/iter_1/samples.jsonl")
+    total = sum(len(row["samples"][0]["ids"]) for row in samples)
+
+    def dies(*args):
+        steps.append(1)
+        if (tmp_path / "killed/iter_1").exists() and len(steps) - before > total * 3 // 4:
+            raise KeyboardInterrupt
+        return step(*args)
+    before = sum(len(row["ids"]) for row in rows(tmp_path / "run/start/eval.jsonl"))
+    monkeypatch.setattr(prepare.sample, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_loop.main(again)
+    monkeypatch.setattr(prepare.sample, "step", step)
+    [part] = (tmp_path / "killed/iter_1").glob("samples.jsonl.part*")
+    assert len(part.read_text().splitlines()) >= 8  # of 12 or so; the last ones wait
+    train_loop.main(again)
+    expected, got = files_of(tmp_path / "run"), files_of(tmp_path / "killed")
+    assert [name for name in expected if got[name] != expected[name]] == []
+
+
 def test_a_data_file_that_lost_a_row_is_refused_before_anything_is_joined(command, tmp_path):
     """Every prompt gets another prompt's sample (14 of 14 rows), exit 0."""
     train_loop.main([*command, "--iterations", "1"])
@@ -775,38 +795,6 @@ def test_a_full_disk_is_named_and_loses_nothing(command, tmp_path, monkeypatch):
     assert (tmp_path / "run/iter_1/samples.jsonl").exists()
     train_loop.main(command)
     assert (tmp_path / "run/iter_2/policy").exists()
-
-
-# ----------------------------------------------------------------------------------------------
-# Several processes
-# ----------------------------------------------------------------------------------------------
-
-
-def test_two_processes_draw_the_same_samples_and_take_the_same_updates(command, tmp_path):
-    """Samples that depend on the number of GPUs; gradients off by the number of processes; a
-    process that waits for another's micro-batch for ever (5 pairs do not divide by 2)."""
-    train_loop.main(command)
-    result = torchrun(*[a.replace("/run", "/run2") for a in command])
-    assert result.returncode == 0, result.stderr[-3000:]
-    for name in ("samples.jsonl", "pairs.jsonl"):
-        assert rows(tmp_path / f"run/iter_1/{name}") == rows(tmp_path / f"run2/iter_1/{name}")
-    # Not the weights: Adam turns a gradient of rounding errors into a full step. (test_scale.py
-    # compares sharded weights, with SGD.)
-    one, two = (training(tmp_path / run) for run in ("run", "run2"))
-    assert len(one) == len(two) == 4
-    for a, b in zip(one[:2], two[:2]):
-        for name in ("loss", "grad_norm", "accuracy", "sampled_logratio"):
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
-
-
-@pytest.mark.parametrize("extra", [["--gradient-checkpointing", "--dtype", "bf16"],
-                                   ["--lora-rank", "2"]], ids=" ".join)
-def test_two_processes_run_what_the_recipes_use(extra, command, tmp_path):
-    """Sharding that works for plain fp32 only: the paper's run is bf16 with checkpointing."""
-    result = torchrun(*command, *extra, "--iterations", "1")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert not same(weights_of(tmp_path / "run", 1), AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model").state_dict())
 
 
 # ----------------------------------------------------------------------------------------------
