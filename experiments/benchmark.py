@@ -828,12 +828,13 @@ def worker_data(settings):
                     "--max-new-tokens", "512"]).at(1)
     weights.load_frozen = lambda *_: None
 
-    def generate(_, prompts, max_new_tokens, seeds, **__):
-        choosers = map(random.Random, seeds)
-        return [[*c.choices(range(300, 40000), k=min(limit, 1 + int(c.gammavariate(2, 130)))),
-                 chat.end_id][:limit] for c, limit in zip(choosers, max_new_tokens)]
+    def serve(_, requests, **__):
+        for _, limit, seed in requests:
+            chance = random.Random(seed)
+            length = min(limit, 1 + int(chance.gammavariate(2, 130)))
+            yield [*chance.choices(range(300, 40000), k=length), chat.end_id][:limit]
     judge = judges.load_judge(f"{folder / 'judge.py'}:judge", device="cpu", seed=0)
-    start = prepare.Start(run, str(folder), chat, generate, "selm_tree", judge, [records], [])
+    start = prepare.Start(run, str(folder), chat, serve, "selm_tree", judge, [records], [])
     here = run.folder / "iter_1"
 
     def timed(name, phase):
