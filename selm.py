@@ -76,10 +76,7 @@ def token_logps(hidden, weight, targets, bias=None, softcap=None, chunk_tokens=5
 
 
 def _matmul_fp32(a, b, out=None):
-    """a @ b with products summed and returned in fp32, also for bf16 inputs (fp64 stays fp64).
-
-    out: a buffer to reuse. Fresh memory for every chunk of logits costs page faults on a CPU.
-    """
+    """a @ b with products summed and returned in fp32, also for bf16 inputs (fp64 stays fp64)."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b, out=out)
     if a.is_cuda:
@@ -92,17 +89,14 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def _buffer(hidden, weight, compute_dtype, chunk_tokens):
-        rows = min(len(hidden), chunk_tokens)
+        """(V, chunk): every chunk's logits lie in it, so there is one chunk of them at a time."""
         dtype = torch.promote_types(compute_dtype, torch.float32)
-        return hidden.new_empty(len(weight) * rows, dtype=dtype)  # of one chunk's logits
+        return hidden.new_empty(len(weight), min(len(hidden), chunk_tokens), dtype=dtype)
 
     @staticmethod
     def _lm_logits(hidden_chunk, weight, bias, softcap, buffer):
-        # Laid out as (V, chunk) and seen as (chunk, V): on a CPU the product weight @ hidden.T runs
-        # at the speed of the backward ones, hidden @ weight.T at two thirds of it.
-        shape = len(weight), len(hidden_chunk)
-        transposed = buffer[:shape[0] * shape[1]].view(shape)
-        lm_logits = _matmul_fp32(weight, hidden_chunk.t(), out=transposed).t()  # (chunk, V)
+        # hidden @ weight.T, (chunk, V), computed as its transpose: on a CPU it saves 4 to 7 %.
+        lm_logits = _matmul_fp32(weight, hidden_chunk.t(), out=buffer[:, :len(hidden_chunk)]).t()
         if bias is not None:
             lm_logits += bias
         if softcap is not None:
@@ -145,7 +139,7 @@ class _TokenLogps(torch.autograd.Function):
         # Taken once: they are overwritten below, and a second backward pass computes its own.
         exps, ctx.first_exps = ctx.first_exps, None
         buffer = (_TokenLogps._buffer(hidden, weight, compute_dtype, chunk_tokens)
-                  if exps is None else exps.t().view(-1))
+                  if exps is None else exps.t())
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], chunk_tokens):
                 rows, cap_slope = slice(start, start + chunk_tokens), None

@@ -6,6 +6,7 @@
     long     the same at max length 1024, with as many prompts as fit
     trl      the same on two responses a prompt against TRL's current DPOTrainer
     gather   selm.token_logps alone against textbook, row by row, and torch's fused cross entropy
+    pieces   what each trick inside selm.token_logps pays for: the time with it changed
     sample   sample.generate against model.generate, and against transformers' own continuous
              batching, on the same prompts
     scaling  our step's time and memory against batch size, response length and responses a prompt
@@ -576,6 +577,65 @@ def sampling_prompts(settings):
     return [row[0][-256:] for row in rows["rows"][:settings["prompts"]]], set(rows["stop_ids"])
 
 
+# The tricks of selm._TokenLogps, each left out: (its text, the text in its place) pairs.
+PIECES = {
+    "no chunk's exponentials are kept": [
+        ("in reversed(range(0, len(hidden), chunk_tokens)):",
+         "in range(0, len(hidden), chunk_tokens):"),
+        ("lm_logits if softcap is None and len(hidden) else None", "None")],
+    "the weight's gradient takes a temporary a chunk": [
+        ("grad_weight.addmm_(grad_logits.t(), h)", "grad_weight += grad_logits.t() @ h")],
+    "logits take fresh memory a chunk": [("out=buffer[:, :len(hidden_chunk)]", "out=None")],
+    "logits are laid out as (chunk, V)": [
+        ("_matmul_fp32(weight, hidden_chunk.t(), out=buffer[:, :len(hidden_chunk)]).t()",
+         "_matmul_fp32(hidden_chunk, weight.t(), out=buffer.t()[:len(hidden_chunk)])"),
+        ("new_empty(len(weight), min(len(hidden), chunk_tokens), dtype=dtype)",
+         "new_empty(min(len(hidden), chunk_tokens), len(weight), dtype=dtype).t()")],
+}
+
+
+def worker_pieces(settings):
+    """Seconds of forward + backward as it is, and with each change of PIECES; in alternation."""
+    import torch
+    source = (ROOT / "selm.py").read_text()
+
+    def changed(pieces):
+        text, names = source, {"__name__": "selm"}
+        for old, new in pieces:
+            assert text.count(old) == 1, f"selm.py has changed: {old}"
+            text = text.replace(old, new)
+        exec(compile(text, "selm.py", "exec"), names)
+        return names["token_logps"]
+    methods = {"as it is": changed([]), **{
+        name: changed(pieces) for name, pieces in PIECES.items()}}
+    v, h, n = (settings[key] for key in "VHN")
+    hidden, weight = torch.randn(n, h), torch.randn(v, h).mul_(h ** -0.5)
+    hidden.requires_grad_(), weight.requires_grad_()
+    targets, upstream, seconds = torch.randint(v, (n,)), torch.randn(n), {}
+    for turn in range(settings["rounds"] + 1):
+        for name, method in methods.items():
+            hidden.grad = weight.grad = None
+            start = time.perf_counter()
+            method(hidden, weight, targets).backward(upstream)
+            if turn:  # the first one warms up
+                seconds.setdefault(name, []).append(time.perf_counter() - start)
+    ratios = {name: [a / b for a, b in zip(seconds[name], seconds["as it is"])] for name in PIECES}
+    return {"seconds": statistics.median(seconds["as it is"]), "changed": {
+        name: round(statistics.median(values), 3) for name, values in ratios.items()}}
+
+
+def part_pieces(common, quick):
+    """Time with a change over the time without; the median of paired rounds."""
+    shapes = ([{"V": 1000, "H": 64, "N": 1100}] if quick else
+              [{"V": 49152, "H": 576, "N": 2000}, {"V": 32000, "H": 2048, "N": 1000}])
+    points = [{**shape, **measure("pieces", {**common, **shape, "rounds": 2 if quick else 9})}
+              for shape in shapes]
+    for point in points:
+        print(f"  V {point['V']}, H {point['H']}, N {point['N']}: {point['seconds']:.2f} s; "
+              f"times as long with {point['changed']}", flush=True)
+    return {"points": points}
+
+
 def worker_sample_ours(settings):
     import sample
     lm, (prompts, stop_ids) = load_lm(settings, "selm_tree"), sampling_prompts(settings)
@@ -873,7 +933,7 @@ def part_data(common, quick):
 # ----------------------------------------------------------------------------------------------
 
 PARTS = {"step": part_step, "loop": part_loop, "long": part_long, "trl": part_trl,
-         "gather": part_gather, "sample": part_sample, "scaling": part_scaling,
+         "gather": part_gather, "pieces": part_pieces, "sample": part_sample, "scaling": part_scaling,
          "limit": part_limit, "rank": part_rank, "data": part_data}
 
 
