@@ -6,11 +6,10 @@ second forward pass of the policy (y shares one with the pair). What it added: e
 files to a file, so that a run which is killed goes on behind its last finished row, on one process
 or many.
 
-    1  Algorithm 1                              3  One update
-    2  Its phases, in the order of the loop     4  The command
+    1  Algorithm 1     2  Its phases, in the order of the loop     3  One update
 
-No formula of the objective lives here (selm.py), no flag (harness/settings.py), no file format
-(harness/rundir.py), and of processes only "mine" and "all" (harness/scale.py).
+No formula of the objective lives here (selm.py), no flag or command (harness/settings.py and
+command.py), no file format (rundir.py), and of processes only "mine" and "all" (scale.py).
 
     python train_loop.py                                   the toy world, about a minute
     python train_loop.py --model zephyr-7b-sft --dry-run   what the paper's run would do
@@ -33,14 +32,12 @@ import shutil
 from dataclasses import replace
 
 import torch
-import transformers
 from tqdm import tqdm
 
 import data
 import rank
 import selm
-from harness import duel, outside, page, plan, plots, prepare, report, rundir, scale, track, weights
-from harness import settings as flags
+from harness import command, duel, outside, report, scale, weights
 from harness.evaluate import evaluation, ranking
 from harness.scale import PROCESS, PROCESSES, gather, say
 from harness.settings import stream
@@ -71,14 +68,14 @@ def self_explore(run, start, settings):
         samples = once(here / "samples.jsonl", draw, portion, policy, start, s)
         pairs = once(here / "pairs.jsonl", rank_candidates, portion, samples, start, s)
         # log pi_ref of every response that the loss needs, before the first update
-        lessons = Lessons(pairs, policy if s.reference == "previous" else start.policy, s)
+        training_set = TrainingSet(pairs, policy if s.reference == "previous" else start.policy, s)
         # In the micro-batches of update 0; a checkpoint is past it, and keeps its own.
         made_with = (None if scale.newest_checkpoint(here / "state") else
                      [s.tokens_per_forward, PROCESSES])
-        lessons.reference = once(here / "reference.jsonl", reference_logps, pairs, lessons,
-                                 made_with=made_with)
+        training_set.reference = once(here / "reference.jsonl", reference_logps, pairs,
+                                      training_set, made_with=made_with)
         # the SELM loss, one epoch; the new policy is the next reference
-        policy = once(here / "policy", train, policy, lessons, start.chat, run)
+        policy = once(here / "policy", train, policy, training_set, start.chat, run)
         shutil.rmtree(here / "state", ignore_errors=True)  # checkpoints: not before it is recorded
 
         evaluate(run, here, policy, start, s)
@@ -156,18 +153,18 @@ def named(responses, row, s):
 
 
 @torch.no_grad()
-def reference_logps(pairs, lessons):
+def reference_logps(pairs, training_set):
     """log pi_ref of the candidates in use: yields {prompt_id, logps: one a candidate, or null}.
 
     In the very micro-batches of the training that follows, with the same code and dtype, so that
     the first update sees policy == reference to the last bits.
     """
-    policy, known = lessons.policy(lessons.anchor), {}
-    for batch in tqdm(lessons.epochs[0], "reference", unit="batch", leave=False,
+    policy, known = training_set.policy(training_set.anchor), {}
+    for batch in tqdm(training_set.epochs[0], "reference", unit="batch", leave=False,
                       disable=PROCESS > 0):
         for micro_batch in batch.micro_batches:
-            trees = lessons.trees(micro_batch or [0])  # [] where another process has one more
-            logps = forward(policy, trees, lessons.s.plain_rows).tolist()
+            trees = training_set.trees(micro_batch or [0])  # [] where another process has one more
+            logps = forward(policy, trees, training_set.s.plain_rows).tolist()
             for tree in trees if micro_batch else []:
                 known[tree.prompt_id] = dict(zip(tree.candidate_indices, logps))
                 logps = logps[len(tree.candidate_indices):]
@@ -178,15 +175,15 @@ def reference_logps(pairs, lessons):
                "logps": [logps.get(c) for c in range(len(row["candidates"]))]}
 
 
-def train(path, previous, lessons, chat, run):
+def train(path, previous, training_set, chat, run):
     """The updates of one iteration, from the policy at `previous` to a new one at `path`. SIGTERM
     ends it between two of them, with a checkpoint for the same command to go on from."""
-    s, policy = lessons.s, lessons.policy(previous)
-    lessons.loaded = None, None  # from here on it is no reference any more
+    s, policy = training_set.s, training_set.policy(previous)
+    training_set.loaded = None, None  # from here on it is no reference any more
     parameters = scale.trained(policy)
     optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=s.adam_betas, eps=s.adam_eps,
                                   weight_decay=0.0, fused=True)
-    batches = [batch for epoch in lessons.epochs for batch in epoch]
+    batches = [batch for epoch in training_set.epochs for batch in epoch]
     state, history = path.with_name("state"), []
     if checkpoint := scale.newest_checkpoint(state):
         history = scale.load_checkpoint(checkpoint, policy, optimizer)
@@ -197,7 +194,8 @@ def train(path, previous, lessons, chat, run):
     with ends.sigterm_waits() as asked:
         for u, batch in enumerate(bar, len(history)):
             optimizer.param_groups[0]["lr"] = lr = s.lr * lr_factor(u, len(batches))
-            metrics = update(policy, optimizer, lessons, batch, u, lessons.anchor == previous)
+            metrics = update(policy, optimizer, training_set, batch, u,
+                             from_reference=training_set.anchor == previous)
             history.append({"iteration": s.iteration, "phase": "train", "update": u, "lr": lr,
                             **metrics})
             run.show(history[-1])
@@ -283,7 +281,7 @@ def measure_truth(paths, start, s):
 # ----------------------------------------------------------------------------------------------
 
 
-class Lessons:
+class TrainingSet:
     """The usable rows of pairs.jsonl, planned once into the batches of every epoch, for the
     reference pass and for training. A tree is made from its row when its micro-batch comes."""
 
@@ -292,23 +290,27 @@ class Lessons:
         self.reference, self.loaded = None, (None, None)
 
     @functools.cached_property
+    def usable(self):
+        """(place in pairs.jsonl, size of its tree) of each row that trains."""
+        # Without optimism an equal pair has nothing to say.
+        found = [(place, data.make_tree(row, self.s.alpha).size)
+                 for place, row in enumerate(self.pairs) if not row["dropped"]
+                 and (row["chosen"] != row["rejected"] or self.s.alpha > 0)]
+        if not found:
+            raise ValueError(f"iteration {self.s.iteration}: no example is left to train on; look "
+                             f"at {self.pairs.path} to see why")
+        return found
+
+    @functools.cached_property
     def epochs(self):
-        """Epochs of batches of micro-batches of indices into `places`; ours among all processes."""
-        s, self.places, sizes = self.s, [], []
-        for place, row in enumerate(self.pairs):
-            # Without optimism an equal pair has nothing to say.
-            if not row["dropped"] and (row["chosen"] != row["rejected"] or s.alpha > 0):
-                self.places.append(place)
-                sizes.append(data.make_tree(row, s.alpha).size)
-        if not sizes:
-            raise ValueError(f"iteration {s.iteration}: no example is left to train on; look at "
-                             f"{self.pairs.path} to see why")
+        """Epochs of batches of micro-batches of indices into `usable`; ours among all processes."""
+        s, sizes = self.s, [size for _, size in self.usable]
         return [data.plan_updates(sizes, s.batching, stream(s.seed, s.iteration, epoch),
                                   PROCESS, PROCESSES) for epoch in range(s.epochs)]
 
     def trees(self, micro_batch):
         """The trees of a micro-batch, with their reference log-probs once these are known."""
-        rows = [self.pairs[self.places[i]] for i in micro_batch]
+        rows = [self.pairs[self.usable[i][0]] for i in micro_batch]
         return [data.make_tree(row, self.s.alpha, self.reference and
                                self.reference.of(row["prompt_id"])["logps"]) for row in rows]
 
@@ -322,16 +324,17 @@ class Lessons:
         return self.loaded[1]
 
 
-def update(policy, optimizer, lessons, batch, u, from_reference):
+def update(policy, optimizer, training_set, batch, u, from_reference):
     """Update number u of a training that began at its reference, or did not -> its mean metrics,
     and the gradient's norm before it was clipped. FloatingPointError where it is not finite."""
-    s, parameters = lessons.s, optimizer.param_groups[0]["params"]
+    s, parameters = training_set.s, optimizer.param_groups[0]["params"]
     terms, optimism_norm = dict(alpha=s.alpha, beta=s.beta, optimism=s.optimism), None
     if u == 0 and s.alpha > 0:  # once an iteration: how much of the gradient is the term's?
-        gradient(policy, lessons, batch, functools.partial(optimism_alone, **terms))
+        gradient(policy, training_set, batch, functools.partial(optimism_alone, **terms))
         optimism_norm = clip(parameters, math.inf)
         optimizer.zero_grad()
-    metrics, farthest = gradient(policy, lessons, batch, functools.partial(selm.selm_loss, **terms))
+    metrics, farthest = gradient(policy, training_set, batch,
+                                 functools.partial(selm.selm_loss, **terms))
     if u == 0 and from_reference:
         check_update_zero(metrics["dpo_loss"], farthest, s.dtype)
     norm = clip(parameters, s.max_grad_norm)
@@ -345,14 +348,14 @@ def update(policy, optimizer, lessons, batch, u, from_reference):
     return {"grad_norm": norm, **metrics}
 
 
-def gradient(policy, lessons, batch, loss):
+def gradient(policy, training_set, batch, loss):
     """Adds up the gradient of one batch, by micro-batches -> its mean metrics, and how far the
     farthest log-prob is from its reference, in nats. loss: roles -> losses (B,), metrics."""
     totals, farthest = {}, 0.0
     for i, micro_batch in enumerate(batch.micro_batches, 1):
         scale.last_micro_batch(policy, i == len(batch.micro_batches))
-        trees = lessons.trees(micro_batch or [0])
-        logps = forward(policy, trees, lessons.s.plain_rows)  # (R,)
+        trees = training_set.trees(micro_batch or [0])
+        logps = forward(policy, trees, training_set.s.plain_rows)  # (R,)
         if not micro_batch:  # FSDP waits for every process: one tree, in vain
             (0.0 * logps.sum()).backward()
             continue
@@ -430,58 +433,9 @@ def chunks(items, size):
         yield chunk
 
 
-# ----------------------------------------------------------------------------------------------
-# 4. The command
-# ----------------------------------------------------------------------------------------------
-
-
 def main(argv=None):
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    settings = flags.read(argv)
-    if settings.dry_run:
-        prompts, source = prepare.count_prompts(settings)
-        say(flags.plan(settings, prompts, source))
-        return say(plan.describe(settings, prompts))
-    settings = plan.fitted(settings)
-    weights.keep_freed_memory()
-    if settings.variant:
-        torch.set_num_threads(1)  # on matrices this small a second thread only waits for the first
-    scale.start(settings.device)
-    inputs = prepare.read_inputs(settings)  # all that can be refused is refused here
-    folder, arms = settings.run_dir, []
-    with rundir.locked(folder):
-        if settings.fresh:
-            scale.only_first(rundir.delete_run, folder, inputs.files)
-        for seed in range(settings.seed, settings.seed + settings.seeds):
-            home, start = folder if seed == settings.seed else folder / f"seed_{seed}", None
-            for name, alpha, here in arms_of(settings, home):
-                s = replace(settings, alpha=alpha, seed=seed)
-                say(f"\n=== {name}, alpha {alpha:g}, seed {seed} -> {here}")
-                scale.only_first(rundir.claim, here, s.as_dict(), inputs.made_from)
-                start = start or prepare.make_start(inputs, s, rundir.Run(home))
-                tracker = s.track and PROCESS == 0 and track.tracker(s.track, here, s.as_dict())
-                self_explore(rundir.Run(here, tracker), start, s)
-                arms.append((name, here))
-        scale.only_first(finish, arms, settings)
-    scale.stop()
-
-
-def arms_of(settings, home):
-    """(name, alpha, folder) of the arms of a seed: SELM, and iterative DPO to compare it with."""
-    yield ("SELM" if settings.alpha > 0 else "DPO"), settings.alpha, home
-    if settings.baseline and settings.alpha > 0:
-        yield "DPO", 0.0, home / "baseline"
-
-
-def finish(arms, settings):
-    """Figures, report.md, report.html, and where everything is."""
-    figures = plots.draw_all(arms, settings.run_dir / "figures")
-    say("\n" + report.write(arms, settings.run_dir / "report.md", figures))
-    page.write(arms, settings.run_dir / "report.html", figures)
-    say(f"\nreport   {settings.run_dir / 'report.md'}, {settings.run_dir / 'report.html'}")
-    say(f"figures  {', '.join(map(str, figures))}")
-    say(f"policy   {settings.run_dir}/iter_{settings.first + settings.iterations - 1}/policy")
+    """The command: settings, what a run is made from, and its arms are harness/command.py's."""
+    command.main(argv, self_explore)
 
 
 if __name__ == "__main__":

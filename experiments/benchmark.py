@@ -12,6 +12,7 @@
     scaling  our step's time and memory against batch size, response length and responses a prompt
     limit    useful FLOP/s of our step over what bare matrix products reach; where the rest goes
     rank     rank.PairRM against llm-blender (benchmark_rank.py)
+    load     memory that each of 2 and 4 processes adds when they load a policy to train (FSDP2)
     data     memory and time of everything but the models, 6,000 and 60,000 rows an iteration
     figure   draws results/benchmark.png from results/benchmark.json and prints it as tables
 
@@ -237,8 +238,8 @@ def load_lm(settings, attention):
 # ----------------------------------------------------------------------------------------------
 
 
-class Lessons:
-    """Stands in for train_loop.Lessons: trees that are in memory already."""
+class TrainingSet:
+    """Stands in for train_loop.TrainingSet: trees that are in memory already."""
     s = Namespace(plain_rows=False)
 
     def __init__(self, trees):
@@ -260,7 +261,7 @@ def our_gradient(policy, trees, settings):
     import selm
     import train_loop
     loss = functools.partial(selm.selm_loss, alpha=settings["alpha"], beta=BETA)
-    return train_loop.gradient(policy, Lessons(trees), plan(trees, settings), loss)[0]
+    return train_loop.gradient(policy, TrainingSet(trees), plan(trees, settings), loss)[0]
 
 
 def worker_step_textbook(settings):
@@ -866,6 +867,47 @@ def part_rank(common, quick):
     return measure("rank", {**common, "quick": quick})["result"]
 
 
+def worker_load(settings):
+    """One of several processes under torchrun -> {} (process 0 writes what all added)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from harness import scale, weights
+    from harness.settings import Compute
+
+    def load(path):
+        return weights.load_policy(str(path), Compute("cpu", "fp32", False, False, 0, False, False))
+    scale.start("cpu")
+    small = Path(settings["folder"]) / "small"
+    scale.only_first(lambda: LlamaForCausalLM(LlamaConfig(
+        **SMOLLM2 | {"num_hidden_layers": 1, "vocab_size": 64})).save_pretrained(small))
+    load(small)  # what loading imports is no weights
+    before = resident_kib(reset=True)
+    policy = load(settings["folder"])
+    peak, after = resident_kib() - before, resident_kib(reset=True) - before
+    shares = scale.gather([round(kib / 1024) for kib in (peak, after)])  # MiB
+    size = sum(p.numel() for p in policy.parameters()) * 4 / 2**20
+    if scale.PROCESS == 0:
+        Path(settings["out"]).write_text(json.dumps({"processes": scale.PROCESSES, "weights_mib":
+                                                     round(size), "peak_and_kept_mib": shares}))
+    del policy
+    scale.stop()
+    return {}
+
+
+def part_load(common, quick):
+    """Peak, and what stays, of each process beyond its libraries."""
+    points, out = [], Path(common["folder"]) / "load.json"
+    for processes in (2,) if quick else (2, 4):
+        settings = {**common, "out": str(out), "threads": 1}
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                        "--nproc-per-node", str(processes), __file__, "--worker", "load",
+                        json.dumps(settings)], check=True, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
+        points.append(json.loads(out.read_text()))
+        print(f"  {processes} processes, weights {points[-1]['weights_mib']} MiB: (peak, kept) of "
+              f"each, MiB: {points[-1]['peak_and_kept_mib']}", flush=True)
+    return {"points": points}
+
+
 def worker_data(settings):
     """Sampling and ranking by stubs, and the plan of the updates, files and all, on the real rows
     repeated (each prompt with a number of its own)."""
@@ -908,8 +950,8 @@ def worker_data(settings):
     pairs = timed("rank", lambda: run.once(
         here / "pairs.jsonl", train_loop.rank_candidates, records, samples, start, s))
     timed("count", lambda: evaluate.ranking(pairs, s.max_new_tokens))
-    lessons = train_loop.Lessons(pairs, str(folder), s)
-    timed("plan", lambda: lessons.epochs)
+    training_set = train_loop.TrainingSet(pairs, str(folder), s)
+    timed("plan", lambda: training_set.epochs)
     mib = sum(f.stat().st_size for f in here.iterdir()) / 2**20
     shutil.rmtree(run.folder)
     return {"rows": len(records), "seconds": seconds, "files_mib": round(mib),
@@ -933,8 +975,9 @@ def part_data(common, quick):
 # ----------------------------------------------------------------------------------------------
 
 PARTS = {"step": part_step, "loop": part_loop, "long": part_long, "trl": part_trl,
-         "gather": part_gather, "pieces": part_pieces, "sample": part_sample, "scaling": part_scaling,
-         "limit": part_limit, "rank": part_rank, "data": part_data}
+         "gather": part_gather, "pieces": part_pieces, "sample": part_sample,
+         "scaling": part_scaling, "limit": part_limit, "rank": part_rank, "load": part_load,
+         "data": part_data}
 
 
 def merge(path, name, result):

@@ -261,8 +261,8 @@ MUTANTS = [
      "limit = min(s.max_new_tokens, s.max_length - len(ids))", "limit = s.max_new_tokens", LOOP
      + "::test_the_samplers_limit_is_what_the_prompt_leaves"),
     ("equal pairs lose their optimism term", "train_loop.py",
-     'and (row["chosen"] != row["rejected"] or s.alpha > 0):',
-     'and row["chosen"] != row["rejected"]:', LOOP
+     'and (row["chosen"] != row["rejected"] or self.s.alpha > 0)]',
+     'and row["chosen"] != row["rejected"]]', LOOP
      + "::test_equal_pairs_keep_their_optimism_term_and_empty_data_is_dropped"),
     ("a wrong reference is not noticed", "train_loop.py",
      "if not (abs(dpo_loss - math.log(2)) < 1e-3 and farthest < allowed):", "if False:", LOOP

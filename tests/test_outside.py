@@ -101,4 +101,4 @@ def test_a_prompt_without_a_sample_is_refused_before_anything_is_written(command
 def test_what_one_file_cannot_serve_is_refused(flags, words):
     """The samples of one policy taken for another's."""
     with pytest.raises(ValueError, match=words):
-        train_loop.flags.read(flags.split())
+        train_loop.command.flags.read(flags.split())

@@ -11,7 +11,7 @@ from transformers import MistralConfig
 
 import train_loop
 from conftest import ROOT
-from harness import plan, settings
+from harness import command, plan, settings
 
 # Two updates of two micro-batches with train_loop.train itself, a size in each line. Every size is
 # measured in a fork that has loaded the libraries: they are no part of the plan, nor is what a
@@ -57,10 +57,10 @@ def train(hidden, layers, extra):
     rows = Pairs(dict(prompt_id=str(i), prompt_ids=[3] * 64, dropped=None, chosen=0, rejected=1,
                       sampled=[2], candidates=[dict(ids=[4 + j] * 64) for j in range(3)])
                  for i in range(4))
-    lessons = train_loop.Lessons(rows, s.model, s)
-    lessons.reference = Reference(
-        (row["prompt_id"], row) for row in list(train_loop.reference_logps(rows, lessons)))
-    train_loop.train(Path(folder) / "policy", s.model, lessons, Mock(), Mock())
+    training_set = train_loop.TrainingSet(rows, s.model, s)
+    training_set.reference = Reference(
+        (row["prompt_id"], row) for row in list(train_loop.reference_logps(rows, training_set)))
+    train_loop.train(Path(folder) / "policy", s.model, training_set, Mock(), Mock())
     return s
 
 weights.load_model = load_model
@@ -180,8 +180,8 @@ def test_a_run_that_does_not_fit_stops_before_it_loads_anything(tmp_path, card, 
     s = recipe(tmp_path, *flags)
     card(0.9)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="of a GPU") as error:
-        patch.setattr(train_loop.flags, "read", lambda _: s)
-        patch.setattr(train_loop.prepare, "read_inputs", None)
+        patch.setattr(command.flags, "read", lambda _: s)
+        patch.setattr(command.prepare, "read_inputs", None)
         patch.setattr(train_loop.scale, "start", None)
         train_loop.main([])
     advice = str(error.value).split("fits with ")[1].split()

@@ -228,8 +228,8 @@ VARIANTS = {  # name: (architecture, template, flags)
 MANY = """
 import json, signal
 import train_loop
-from harness import scale
-train_loop.finish = lambda *arguments: None  # figures take longer than all that is compared
+from harness import command, scale
+command.finish = lambda *arguments: None  # figures take longer than all that is compared
 scale.start("cpu")
 stop, gradient, calls = scale.stop, train_loop.gradient, []
 scale.start, scale.stop = lambda device: None, lambda: None  # one group for all runs
@@ -269,7 +269,7 @@ def single(tmp_path_factory):
                          str(home / "1" / name), *SMALL, *SAME, *flags.split()])
     (home / "commands.json").write_text(json.dumps(commands))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_loop, "finish", lambda *arguments: None)
+        patch.setattr(train_loop.command, "finish", lambda *arguments: None)
         for command in commands:
             train_loop.main(command)
     return home

@@ -259,7 +259,7 @@ def test_a_hub_data_set_is_read_by_its_two_splits(command, tmp_path, monkeypatch
 # ----------------------------------------------------------------------------------------------
 
 
-class Lessons:
+class TrainingSet:
     """Trees that are in memory already."""
     s = SimpleNamespace(plain_rows=False)
 
@@ -285,7 +285,7 @@ def one_gradient(policy, trees, budget=10**6, alpha=0.3, beta=0.5):
     batching = SimpleNamespace(batch_size=6, tokens_per_forward=budget, plain_rows=False)
     [batch] = data.plan_updates([tree.size for tree in trees], batching, seed=0)
     loss = functools.partial(selm.selm_loss, alpha=alpha, beta=beta)
-    return *train_loop.gradient(policy, Lessons(trees), batch, loss), len(batch.micro_batches)
+    return *train_loop.gradient(policy, TrainingSet(trees), batch, loss), len(batch.micro_batches)
 
 
 def test_accumulated_micro_batches_equal_one_full_batch():
@@ -917,7 +917,7 @@ def test_ctrl_c_while_another_commands_libraries_load_is_one_line(script, sent):
 
 def test_a_second_command_in_the_same_folder_is_refused(command, tmp_path):
     """Two runs that write into each other's files."""
-    with train_loop.rundir.locked(tmp_path / "run"):
+    with train_loop.command.rundir.locked(tmp_path / "run"):
         result = subprocess.run([sys.executable, str(ROOT / "train_loop.py"), *command],
                                 capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "another command is at work" in result.stderr
