@@ -359,4 +359,4 @@ def advance(live, cache, tokens, stop_ids):
 
 if __name__ == "__main__":
     from harness import chat  # the command line: a prompt, a chat, AlpacaEval's outputs
-    ends.run(chat.main)
+    ends.run(chat.main, goes_on="nothing was written")

@@ -4,7 +4,6 @@
     python sample.py --model runs/toy/iter_3/policy --interactive
     python sample.py --model FOLDER --alpaca-eval instructions.json --output outputs.json
 
-Ends with 0, with 2 and one line that begins with "error:", or with 130 after Ctrl-C.
 Leaves the token loop to sample.py, templates to harness/template.py, loading to
 harness/weights.py.
 Test: pytest tests/test_chat.py.
@@ -22,7 +21,7 @@ import transformers
 
 import sample
 from harness import architectures, ends, template, weights
-from harness.rundir import printable, write_text
+from harness.rundir import check_writable, printable, write_text
 
 MAX_NEW_TOKENS = 512  # where the user names no limit and the context has room
 
@@ -31,26 +30,16 @@ def main(argv=None):
     args = parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        check_args(args)
-        rows = read_instructions(args.alpaca_eval) if args.alpaca_eval else []
-        answer = load_answerer(args)
-        if args.interactive:
-            interact(answer)
-        elif rows:
-            texts = answer([user_turn(row["instruction"]) for row in rows], progress=True)
-            write_alpaca(args, rows, texts)
-        else:
-            print(printable(answer([user_turn(args.prompt)])[0]))
-    except KeyboardInterrupt as stop:
-        if isinstance(stop, ends.Terminated):
-            raise
-        print("stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        note(f"error: {ends.one_line(error)}")
-        return 2
-    return 0
+    check_args(args)
+    rows = read_instructions(args.alpaca_eval) if args.alpaca_eval else []
+    answer = load_answerer(args)
+    if args.interactive:
+        interact(answer)
+    elif rows:
+        texts = answer([user_turn(row["instruction"]) for row in rows], progress=True)
+        write_alpaca(args, rows, texts)
+    else:
+        print(printable(answer([user_turn(args.prompt)])[0]))
 
 
 def parse_args(argv=None):
@@ -99,17 +88,7 @@ def check_args(args):
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(f"--device {args.device}: {ends.one_line(error)}") from None
     if args.output:
-        trial = Path(f"{args.output}.tmp")  # what write_text will write first
-        try:
-            if Path(args.output).is_dir():
-                raise OSError(None, "it is a folder")
-            trial.touch()
-            trial.unlink()
-        except FileNotFoundError:
-            raise ValueError(f"--output {args.output}: there is no such folder") from None
-        except OSError as error:
-            raise ValueError(f"--output {args.output}: cannot be written "
-                             f"({error.strerror})") from None
+        check_writable(args.output)
 
 
 def read_instructions(path, flag="--alpaca-eval"):

@@ -44,7 +44,7 @@ from typing import Any, Callable, NamedTuple
 import torch
 from tqdm import tqdm
 
-from harness.rundir import printable, write_jsonl
+from harness.rundir import check_writable, printable, write_jsonl
 from rank import PairRM, choose_pair, length_batches, pad_rows, pairrm_texts
 
 SPECS = "pairrm[:ID] | reward:ID | FILE.py:FUNCTION | human | oracle (toy world only)"
@@ -581,19 +581,6 @@ def load_tokenizer(name):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"--tokenizer {name}: {explain(error)}") from error
-
-
-def check_writable(path):
-    """ValueError, before hours of work, where `path` could not be written at their end."""
-    try:
-        if Path(path).is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-        with open(f"{path}.tmp", "a"):  # the name under which it will be written
-            pass
-        os.unlink(f"{path}.tmp")
-    except OSError as error:
-        raise ValueError(f"--output {path}: cannot be written ({error.strerror}); name a file in a "
-                         "folder that exists") from error
 
 
 def read_candidates(path):

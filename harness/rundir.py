@@ -268,6 +268,19 @@ class Share:
         return (self.items[place] for place in self.places)
 
 
+def check_writable(path):
+    """ValueError, before hours of work, where `path` could not be written at their end."""
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        with open(f"{path}.tmp", "a"):  # the name under which it will be written
+            pass
+        os.unlink(f"{path}.tmp")
+    except OSError as error:
+        raise ValueError(f"--output {path}: cannot be written ({error.strerror}); name a file in a "
+                         "folder that exists") from error
+
+
 def keep_whole_lines(file):
     """Cuts off the half line that a kill may leave at the end -> how many whole ones there are."""
     file.seek(0)

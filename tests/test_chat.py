@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
 
@@ -26,10 +27,10 @@ def folder(tmp_path_factory):
 
 def test_the_prompt_command_prints_one_answer(folder, capsys):
     """Decoding the prompt with the answer, or special tokens in it; a default that does not fit."""
-    assert chat.main(["--model", str(folder), "--prompt", "hello there"]) == 0
+    chat.main(["--model", str(folder), "--prompt", "hello there"])
     first = capsys.readouterr().out
     assert first.strip() and "<|im_" not in first and "hello there" not in first
-    assert chat.main(["--model", str(folder), "--prompt", "hello there", "--slots", "3"]) == 0
+    chat.main(["--model", str(folder), "--prompt", "hello there", "--slots", "3"])
     assert capsys.readouterr().out == first
 
 
@@ -37,11 +38,11 @@ def test_interactive_chat_keeps_the_history(folder, monkeypatch, capsys):
     """A chat that forgets: the second answer must be that to the whole conversation."""
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nthe moon\n"))
     args = ["--model", str(folder), "--max-new-tokens", "8"]
-    assert chat.main(args + ["--interactive"]) == 0
+    chat.main(args + ["--interactive"])
     talk = capsys.readouterr().out
-    assert chat.main(args + ["--prompt", "hello"]) == 0
+    chat.main(args + ["--prompt", "hello"])
     hello = capsys.readouterr().out.rstrip("\n")
-    assert chat.main(args + ["--prompt", "the moon"]) == 0
+    chat.main(args + ["--prompt", "the moon"])
     moon = capsys.readouterr().out.rstrip("\n")
     first, second = (answer.strip() for answer in talk.split("> ")[1:3])
     assert first == hello.strip() and second != moon.strip()
@@ -53,8 +54,8 @@ def test_alpaca_eval_outputs_have_its_format(folder, tmp_path, capsys):
             {"instruction": "hello"}]
     (tmp_path / "in.json").write_text(json.dumps(rows))
     args = ["--model", str(folder), "--max-new-tokens", "8"]
-    assert chat.main(args + ["--alpaca-eval", str(tmp_path / "in.json"),
-                             "--output", str(tmp_path / "out.json")]) == 0
+    chat.main(args + ["--alpaca-eval", str(tmp_path / "in.json"),
+                             "--output", str(tmp_path / "out.json")])
     outputs = json.loads((tmp_path / "out.json").read_text())
     assert [o["instruction"] for o in outputs] == [row["instruction"] for row in rows]
     assert [o["generator"] for o in outputs] == ["tiny-policy"] * 2
@@ -62,7 +63,7 @@ def test_alpaca_eval_outputs_have_its_format(folder, tmp_path, capsys):
     assert set(outputs[1]) == {"instruction", "output", "generator"}
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["in.json", "out.json"]
     capsys.readouterr()
-    assert chat.main(args + ["--prompt", "hello"]) == 0
+    chat.main(args + ["--prompt", "hello"])
     assert capsys.readouterr().out == chat.printable(outputs[1]["output"]) + "\n"
 
 
@@ -73,7 +74,7 @@ def test_python_sample_py_hands_over_to_this_command_line(folder):
                             cwd=folder, timeout=120)
     assert result.returncode == 0 and result.stdout.strip()
     result = subprocess.run([*command, "--slots", "0"], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and result.stderr == "error: --slots 0: must be at least 1\n"
+    assert result.returncode == 1 and result.stderr == "error: --slots 0: must be at least 1\n"
 
 
 def test_each_turn_of_a_chat_has_random_numbers_of_its_own(folder, monkeypatch, capsys):
@@ -83,7 +84,7 @@ def test_each_turn_of_a_chat_has_random_numbers_of_its_own(folder, monkeypatch, 
         used.extend(seeds) or [[5]] * len(prompts)))
     for _ in range(2):
         monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nc\n"))
-        assert chat.main(["--model", str(folder), "--interactive", "--temperature", "1"]) == 0
+        chat.main(["--model", str(folder), "--interactive", "--temperature", "1"])
     assert len(set(used[:3])) == 3 and used[:3] == used[3:]
 
 
@@ -96,7 +97,7 @@ def test_a_long_instruction_does_not_shorten_the_other_answers(folder, tmp_path,
         limits.extend(max_new_tokens) or generate(*args, max_new_tokens=4, **kwargs)))
     args = ["--model", str(folder), "--alpaca-eval", str(tmp_path / "in.json"),
             "--output", str(tmp_path / "out.json")]
-    assert chat.main(args) == 0
+    chat.main(args)
     tokenizer = make_tokenizer("chatml")
     lengths = [len(tokenizer.apply_chat_template(chat.user_turn(row["instruction"]), tokenize=True,
                                                  add_generation_prompt=True, return_dict=False))
@@ -132,7 +133,7 @@ def test_a_model_that_slots_do_not_fit_is_sampled_by_its_own_generate_and_says_s
     tokenizer = make_tokenizer("chatml")
     tokenizer.save_pretrained(tmp_path)
     args = ["--model", str(tmp_path), "--prompt", "the cat", "--max-new-tokens", "9"]
-    assert chat.main(args) == 0
+    chat.main(args)
     output = capsys.readouterr()
     assert output.err.count("one prompt at a time") == 1
     ids = tokenizer.apply_chat_template(chat.user_turn("the cat"), add_generation_prompt=True,
@@ -154,7 +155,7 @@ def test_a_chat_that_outgrows_an_attention_window_is_checked_again(tmp_path, mon
     monkeypatch.setattr(chat.architectures, "probe_length",
                         lambda config, longest: 1 + longest // 50)
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n" * 9))
-    assert chat.main(["--model", str(tmp_path), "--interactive", "--max-new-tokens", "5"]) == 0
+    chat.main(["--model", str(tmp_path), "--interactive", "--max-new-tokens", "5"])
     assert lengths == sorted(set(lengths)) and len(lengths) > 1
 
 
@@ -162,15 +163,6 @@ def test_a_models_text_cannot_steer_the_terminal():
     """An escape sequence in an answer or a file's name: a cleared screen, a forged prompt."""
     text = "a\x1b[2J\x1b]0;title\x07b\r\x9b31m\x7f\x00 tab\tnew\nline \U0001f44d\u200d\xe9"
     assert chat.printable(text) == "a[2J]0;titleb31m tab\tnew\nline \U0001f44d\u200d\xe9"
-
-
-def test_ctrl_c_is_one_line_and_exit_code_130(folder, monkeypatch, capsys):
-    """A traceback at the end of every chat."""
-    def interrupted(prompt):
-        raise KeyboardInterrupt
-    monkeypatch.setattr("builtins.input", interrupted)
-    assert chat.main(["--model", str(folder), "--interactive"]) == 130
-    assert capsys.readouterr().err == "stopped\n"
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -182,14 +174,13 @@ def test_ctrl_c_is_one_line_and_exit_code_130(folder, monkeypatch, capsys):
     ("--top-p 0", "--top-p 0"), ("--top-p 1.1", "--top-p 1.1"), ("--top-p inf", "--top-p inf"),
     ("--device abacus", "--device abacus"), ("--output x.json", "go together"),
     ("--chat-template nowhere", "--chat-template nowhere"), ("--model nowhere", "--model nowhere")])
-def test_flags_that_cannot_be_meant_are_one_line_and_exit_code_2(folder, capsys, flags, message):
+def test_flags_that_cannot_be_meant_are_refused(folder, flags, message):
     """A traceback, a run with other numbers than were asked for, or an error after an hour."""
-    assert chat.main(["--model", str(folder), "--prompt", "x", *flags.split()]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line
+    with pytest.raises(ValueError, match=message):
+        chat.main(["--model", str(folder), "--prompt", "x", *flags.split()])
 
 
-def test_bad_files_are_one_line_and_exit_code_2_before_a_model_is_loaded(tmp_path, capsys):
+def test_bad_files_are_refused_before_a_model_is_loaded(tmp_path):
     """An output that cannot be written, found out after the sampling of 805 answers."""
     files = {"bad": b'[{"text": "x"}]', "good": b'\xef\xbb\xbf[{"instruction": "x"}]',
              "latin": '[{"instruction": "\xe9"}]'.encode("latin-1"), "none": b"[]", "half": b"[{"}
@@ -199,20 +190,33 @@ def test_bad_files_are_one_line_and_exit_code_2_before_a_model_is_loaded(tmp_pat
             ("bad", "o.json", "entry 0 has no string"), (".", "o.json", "cannot be read"),
             ("latin", "o.json", "latin: cannot be read"), ("none", "o.json", "one or more"),
             ("half", "o.json", "cannot be read"), ("absent", "o.json", "absent: cannot be read"),
-            ("good", "no/o.json", "no such folder"), ("good", ".", "it is a folder"),
+            ("good", "no/o.json", "a folder that exists"), ("good", ".", "it is a folder"),
             ("good", "x" * 300, "cannot be written"), ("good", "o.json", "--model nowhere")]:
-        assert chat.main(["--model", "nowhere", "--alpaca-eval", str(tmp_path / source),
-                          "--output", str(tmp_path / output)]) == 2
-        [line] = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ") and message in line
+        with pytest.raises(ValueError, match=message):
+            chat.main(["--model", "nowhere", "--alpaca-eval", str(tmp_path / source),
+                       "--output", str(tmp_path / output)])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
 
 
-def test_a_prompt_that_fills_the_context_is_refused_by_its_number(folder, tmp_path, capsys):
+def test_a_prompt_that_fills_the_context_is_refused_by_its_number(folder, tmp_path):
     """Sampling beyond the positions that the model was trained on, or a limit of -44 tokens."""
     rows = [{"instruction": "hello"}, {"instruction": "the moon " * 300}]
     (tmp_path / "in.json").write_text(json.dumps(rows))
-    assert chat.main(["--model", str(folder), "--alpaca-eval", str(tmp_path / "in.json"),
-                      "--output", str(tmp_path / "out.json")]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: prompt 1 has ") and "context of 256" in line
+    with pytest.raises(ValueError, match="^prompt 1 has .*context of 256"):
+        chat.main(["--model", str(folder), "--alpaca-eval", str(tmp_path / "in.json"),
+                   "--output", str(tmp_path / "out.json")])
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(folder):
+    """A traceback at the end of every chat, or a promise that the same command goes on."""
+    chat_command = [sys.executable, str(ROOT / "sample.py"), "--model", str(folder),
+                    "--interactive"]
+    with subprocess.Popen(chat_command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        process.stdin.write("hello\n")
+        process.stdin.flush()
+        assert process.stdout.read(1)  # it has begun to talk
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stderr.splitlines()[-1] == "stopped; nothing was written"
+    assert "Traceback" not in stderr
