@@ -145,23 +145,22 @@ def shard(policy, device="cpu", offload=False):
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, distribute_tensor
-    from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
-                                        fully_shard)
+    from torch.distributed import fsdp
     if not dist.is_initialized():  # FSDP wants a group, be it of one
         dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     policy.device, policy.stays_whole = torch.device(device), offload and mesh.size() == 1
     options = dict(
         mesh=mesh, reshard_after_forward=not policy.stays_whole,
-        mp_policy=MixedPrecisionPolicy(policy.autocast_dtype, reduce_dtype=torch.float32),
-        offload_policy=(CPUOffloadPolicy(pin_memory=device == "cuda") if offload
-                        else OffloadPolicy()))
+        mp_policy=fsdp.MixedPrecisionPolicy(policy.autocast_dtype, reduce_dtype=torch.float32),
+        offload_policy=(fsdp.CPUOffloadPolicy(pin_memory=device == "cuda") if offload
+                        else fsdp.OffloadPolicy()))
     for buffer in policy.buffers() if mesh.size() > 1 else ():
         dist.broadcast(buffer, 0)
     for module in (*policy.layers, policy):
         whole = {name: weight.detach() for name, weight in module.named_parameters()
                  if mesh.size() > 1 and not isinstance(weight, DTensor)}
-        fully_shard(module, **options)
+        fsdp.fully_shard(module, **options)
         with torch.no_grad():
             for name, weight in module.named_parameters():
                 if name in whole:  # process 0's, each process its slice

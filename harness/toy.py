@@ -342,8 +342,26 @@ def true_measures(model, base_model, tokenizer, prompts, *, variant="default", s
     invalid     share of replies that are not two adjectives and the end token
     """
     ids = render(tokenizer, prompts).repeat_interleave(samples, 0).to(model.device)  # (B*S, T)
-    generator = torch.Generator().manual_seed(seed)
-    start, end_id = ids.shape[1], tokenizer.eos_token_id
+    replies, kl, entropy = sample_replies(model, base_model, ids, tokenizer.eos_token_id, seed)
+    texts = [text.partition(tokenizer.eos_token) for text in tokenizer.batch_decode(replies)]
+    owners = [messages for messages in prompts for _ in range(samples)]
+    rewards = sum(oracle(variant)(owners, [[reply] for reply, _, _ in texts]), [])
+    said = {family: Counter() for family in FAMILIES}
+    for messages, (reply, _, _) in zip(owners, texts):
+        said[family_of(messages)].update(word for word in reply.split() if word in ADJECTIVES)
+    used = [perplexity(counts) for family, counts in said.items()
+            if family in map(family_of, prompts)]
+    return {"reward": sum(rewards) / len(rewards),
+            "share_good": sum(r > GOOD_REWARD for r in rewards) / len(rewards),
+            "kl": kl.mean().item(), "entropy": entropy.mean().item(),
+            "coverage": sum(used) / len(used),
+            "invalid": sum(not (end and is_valid(reply)) for reply, end, _ in texts) / len(texts)}
+
+
+def sample_replies(model, base_model, ids, end_id, seed):
+    """Prompts of one length (N, T) -> a reply of each, (N, MAX_REPLY_TOKENS) at most, and along it
+    the exact KL(model || base) and the model's entropy, (N,) nats each."""
+    generator, start = torch.Generator().manual_seed(seed), ids.shape[1]
     alive = torch.arange(len(ids), device=ids.device)  # the replies that have not ended, (n,)
     kl, entropy = torch.zeros(2, len(ids), device=ids.device)
     while len(alive) and ids.shape[1] < start + MAX_REPLY_TOKENS:
@@ -359,19 +377,7 @@ def true_measures(model, base_model, tokenizer, prompts, *, variant="default", s
         token = torch.multinomial(chances, 1, generator=generator).to(ids.device)
         ids = torch.cat([ids, token], dim=1)  # what follows the end is noise that nobody reads
         alive = alive[token[alive, 0] != end_id]
-    texts = [text.partition(tokenizer.eos_token) for text in tokenizer.batch_decode(ids[:, start:])]
-    owners = [messages for messages in prompts for _ in range(samples)]
-    rewards = sum(oracle(variant)(owners, [[reply] for reply, _, _ in texts]), [])
-    said = {family: Counter() for family in FAMILIES}
-    for messages, (reply, _, _) in zip(owners, texts):
-        said[family_of(messages)].update(word for word in reply.split() if word in ADJECTIVES)
-    used = [perplexity(counts) for family, counts in said.items()
-            if family in map(family_of, prompts)]
-    return {"reward": sum(rewards) / len(rewards),
-            "share_good": sum(r > GOOD_REWARD for r in rewards) / len(rewards),
-            "kl": kl.mean().item(), "entropy": entropy.mean().item(),
-            "coverage": sum(used) / len(used),
-            "invalid": sum(not (end and is_valid(reply)) for reply, end, _ in texts) / len(texts)}
+    return ids[:, start:], kl, entropy
 
 
 def perplexity(counts):
