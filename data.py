@@ -1,15 +1,15 @@
 """Preference records to ids, trees of responses, batches, packing into micro-batches.
 
-One row a prompt. A prompt x and its K distinct responses form a tree, laid out in one line:
+One tree a prompt: a prompt x and its K distinct responses, laid out in one line:
 
     tokens     x x x x  a a a  b b        position of each token in its OWN sequence:
     position   0 1 2 3  4 5 6  4 5        b starts at 4 again, as if a were not there.
     sees                x+a    x+b        (the mask; model.py enforces it)
 
 The log-probs are exactly those of the two sequences x+a and x+b, but x is computed once. Trees of
-many prompts follow each other in one line of --tokens-per-forward tokens, with no padding at all.
+many prompts follow each other in one line, up to --tokens-per-forward tokens, without padding.
 And y, the fresh sample, is often chosen or rejected itself: a tree holds DISTINCT responses, and
-the roles (chosen, rejected, sampled) are indices into them, so no text is ever computed twice.
+the roles (chosen, rejected, sampled) are indices into them, so no ids are computed twice.
 
 Which token predicts which: the logits at position i are about token i + 1. The first token of every
 response is predicted by the LAST PROMPT token, the others by the token before them.
@@ -187,7 +187,7 @@ def plan_plain_rows(sizes, tokens_per_forward):
 
 @dataclass
 class MicroBatch:
-    """What one forward pass takes. `rows` is 1 for packed trees and R for plain padded rows."""
+    """What one forward pass takes. `rows` below is 1 for packed trees, R for plain padded rows."""
     input_ids: torch.Tensor  # (rows, T)
     position_ids: torch.Tensor  # (rows, T)
     attention_mask: torch.Tensor  # (rows, T) for plain rows; None for packed ones

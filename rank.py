@@ -4,12 +4,12 @@ PairRM (LLM-Blender, arXiv 2306.02561) is a DeBERTa-v3-large that reads a prompt
 
     [CLS]<|source|> prompt [SEP] [CLS]<|candidate1|> first [SEP] [CLS]<|candidate2|> second [SEP]
 
-takes its last hidden states h at the three markers, and puts each candidate through one small head:
+takes its last hidden states e at the three markers, and puts each candidate through one small head:
 
-    s1 = head([h_source; h_candidate1])    s2 = head([h_source; h_candidate2])    M = mean(s1 - s2)
+    s1 = head([e_source; e_candidate1])    s2 = head([e_source; e_candidate2])    M = mean(s1 - s2)
 
 (the mean over the head's outputs; PairRM has one). M > 0: the first is better. It is not
-antisymmetric (the model prefers sides), so every ordered pair is asked, n(n-1) of them, and the
+antisymmetric (the model prefers sides), so every ordered pair is asked, K(K-1) of them, and the
 score of candidate i is  mean_j (M[i, j] - M[j, i]).  The scores compare candidates of ONE prompt;
 between prompts they mean nothing. Algorithm 1 of SELM only takes the best and the worst of
 {y, y_w, y_l} from them, as chosen and rejected (`choose_pair`).

@@ -12,13 +12,13 @@ one token of one response, '.' is work on a row that has long ended):
 SELM samples one response for each of thousands of prompts, and their lengths differ tenfold, so:
 
   - A SLOT is one row of the KV cache. When its response ends it takes the next prompt, as soon as
-    enough slots are free to be worth a prefill (one of 16; see `worth_a_prefill`).
+    enough slots are free to be worth a prefill (of 16 one or two; see `worth_a_prefill`).
   - Live slots are always the first n rows: when a slot ends and no prompt waits, the last row moves
     into the hole. Every step computes n rows and no dead one, also in the tail.
   - Each slot is at its own position, so nothing is padded to the left. `SlotCache` writes each
     row's key and value where that row stands, in place (a DynamicCache copies all of it at every
     step), and shows the model no more of the cache than the longest live row fills.
-  - Of the next few hundred prompts the longest are taken first: neighbours in length are prefilled
+  - Of the next AHEAD * slots prompts the longest come first: neighbours in length are prefilled
     together (little padding), and the longest do not start last, with few others to share a step.
   - Responses are handed out in the order of their prompts, each as soon as it and all before it
     have ended, and slots never run dry: a kill costs what is on its way, not the phase.
@@ -116,7 +116,8 @@ class SlotCache(Cache):
 
 @dataclass
 class Slot:
-    """A prompt and its response so far. `last` is its newest token, not yet in the cache."""
+    """What a slot holds: a prompt and its response so far. (One that waits has no row of the cache
+    yet.) `last` is its newest token, not yet in the cache."""
     index: int  # of the request
     prompt: list
     last: int
@@ -267,8 +268,8 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
 def worth_a_prefill(slots, waiting):
     """How many slots must be free to refill them. A prefill costs about one step, however few
     prompts are in it; a free slot wastes 1/slots of each step; slots / L of them end in a step (L:
-    length of a response). Until k are free, a prompt costs 1/k of a prefill and k L / (2 slots^2)
-    steps of idling: least at k = slots * sqrt(2 / L)."""
+    length of a response, of which only the limit is known). Until k are free, a prompt costs 1/k of
+    a prefill and k L / (2 slots^2) steps of idling: least at k = slots * sqrt(2 / L)."""
     longest = max((slot.limit for slot in waiting), default=1)
     return max(1, min(slots, round(slots * (2 / longest) ** 0.5)))
 

@@ -1,6 +1,7 @@
 """The SELM objective on plain tensors: log-probs without logits, the DPO loss, the optimism term.
 
-Self-Exploring Language Models (SELM), arXiv 2405.19332 v3. The derivation:
+Self-Exploring Language Models (SELM), arXiv 2405.19332 v3. The derivation, in the paper's letters
+(its y' is what all code calls y or `sampled`; its y_w, y_l are `chosen`, `rejected`):
 
   1. Bradley-Terry: P(y_w beats y_l | x) = sigmoid(r(x, y_w) - r(x, y_l)); L(r; D) is its negative
      log-likelihood on the preferences D. Many rewards fit D about equally well.
@@ -28,7 +29,8 @@ A log-prob of a response is the SUM over its tokens of log softmax(lm_logits)[to
 a vocabulary of 128k, the (N, V) logits are by far the largest tensor of preference training, and
 all but one number of each row is thrown away. `token_logps` never holds them: see there.
 
-Knows nothing of models, tokenizers, devices or files: tensors in, tensors out.
+Replaces textbook.py's `loss`, and the (B, T, V) logits of its `logps`. Knows nothing of models,
+tokenizers, devices or files: tensors in, tensors out.
 Test: pytest tests/test_selm.py.    Read next: data.py.
 
 Legend: B prompts, R responses, N response tokens of all of them, V vocabulary, H hidden size.
@@ -232,7 +234,7 @@ def selm_loss(policy_chosen_logps, policy_rejected_logps, policy_sampled_logps,
 
 
 def selm_optimism(policy_sampled_logps, ref_sampled_logps, alpha, beta):
-    """alpha beta r(y), r(y) = log pi(y)/pi_ref(y). arXiv 2405.19332 v3, Eq. 4.2.
+    """alpha * beta * log pi(y)/pi_ref(y). arXiv 2405.19332 v3, Eq. 4.2.
 
     DEVIATION: Algorithm 1 of the paper prints alpha alone; Eq. 4.2 and the authors' released
     trainer have alpha * beta. We follow the equation. log pi_ref(y) does not depend on theta;
@@ -247,8 +249,9 @@ def xpo_optimism(policy_sampled_logps, ref_sampled_logps, alpha, beta):
 
 
 def popo_optimism(policy_sampled_logps, ref_sampled_logps, alpha, beta):
-    """(alpha / beta) (sigmoid(beta r(y)) - 1/2): 0 and of slope alpha / 4 at the start, bounded:
-    what is down already is pushed no further. POPO, arXiv 2502.00666, and its released code."""
+    """(alpha / beta) (sigmoid(beta * log pi(y)/pi_ref(y)) - 1/2): 0 and of slope alpha / 4 at the
+    start, bounded: what is down already is pushed no further. POPO, arXiv 2502.00666, and its code.
+    """
     return alpha / beta * (torch.sigmoid(beta * (policy_sampled_logps - ref_sampled_logps)) - 0.5)
 
 

@@ -7,7 +7,7 @@ that can say which of several answers is best. Algorithm 1 of the paper:
 
     for each portion of the prompts:
         pi_ref = pi, frozen
-        y ~ pi_ref(.|x)                           one fresh answer a prompt      `sample`
+        y = pi_ref's greedy answer (the paper: y ~ pi_ref)                       `sample`
         chosen, rejected = best, worst of {y, y_w, y_l}, says the judge          `rank`
         minimise over the portion, by gradient steps on pi,                      `loss`
             - log sigmoid( beta * [ log pi(chosen)/pi_ref(chosen)
@@ -16,12 +16,13 @@ that can say which of several answers is best. Algorithm 1 of the paper:
 
 The first term is DPO (arXiv 2305.18290): make chosen more likely than rejected, measured against
 pi_ref. The second is what SELM adds: push DOWN what the model already says by habit, so that
-probability moves to answers that it has not tried. alpha = 0 is iterative DPO, the honest
-comparison.
+probability moves to answers that it has not tried. (Greedy matters: for a random y ~ pi_ref the
+term's mean gradient is zero where pi = pi_ref; selm.py has the derivation.) alpha = 0 is iterative
+DPO, the honest comparison.
 
 Everything is as plain as it can be: padded batches, full logits, a copy of the model as reference,
 `model.generate`. The other files compute the same numbers several times faster in a fraction of the
-memory; each says what of this one it replaces. A test runs both and compares them.
+memory, and say what of this one they replace. A test runs both and compares them.
 
     python textbook.py          SELM on the toy world (harness/toy.py), about a minute
 
@@ -85,8 +86,8 @@ def sample(model, prompt, max_new_tokens):
 
 
 def rank(tokenizer, judge, messages, candidates):
-    """(ids of the best candidate, ids of the worst one). Of equals the first: rank.py lets a hash
-    decide, and drops a pair of equals, so the two loops agree where no scores tie."""
+    """(ids of the best candidate, ids of the worst one). Of equals the first (rank.py: a hash
+    decides). Where all are equal, chosen is rejected, and only the optimism is left."""
     texts = tokenizer.batch_decode(candidates, skip_special_tokens=True)
     [scores] = judge([messages], [texts])
     by_score = lambda i: scores[i]  # noqa: E731

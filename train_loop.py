@@ -3,8 +3,8 @@
 This is textbook.py's `self_explore`, and computes its numbers (tests/test_textbook.py). What it
 deleted: the reference model (its log-probs are numbers on disk), the padding, the logits, the
 second forward pass of the policy (y shares one with the pair). What it added: every phase goes from
-files to a file, so that a run which is killed goes on behind its last finished row, on one process
-or many.
+files to a file or folder, so that a killed run goes on behind its last finished row, or the last
+checkpoint of a training; on one process or many.
 
     1  Algorithm 1     2  Its phases, in the order of the loop     3  One update
 
@@ -107,7 +107,7 @@ def sample_responses(records, policy, start, s):
 
 
 def requests(records, chat, s):
-    """What sampling asks for: yields (prompt ids, most tokens of y, random stream), n a record."""
+    """What sampling asks for: yields (prompt ids, most tokens of y, seed), n a record."""
     for chunk in chunks(records, CHUNK):
         prompts = chat.prompts_ids([record["prompt"] for record in chunk])
         for record, ids in zip(chunk, prompts):
@@ -159,7 +159,7 @@ def reference_logps(pairs, training_set):
     In the very micro-batches of the training that follows, with the same code and dtype, so that
     the first update sees policy == reference to the last bits.
     """
-    policy, known = training_set.policy(training_set.anchor), {}
+    policy, known = training_set.policy(training_set.reference_path), {}
     for batch in tqdm(training_set.epochs[0], "reference", unit="batch", leave=False,
                       disable=PROCESS > 0):
         for micro_batch in batch.micro_batches:
@@ -179,7 +179,7 @@ def train(path, previous, training_set, chat, run):
     """The updates of one iteration, from the policy at `previous` to a new one at `path`. SIGTERM
     ends it between two of them, with a checkpoint for the same command to go on from."""
     s, policy = training_set.s, training_set.policy(previous)
-    training_set.loaded = None, None  # from here on it is no reference any more
+    training_set.loaded = None, None  # training changes it: never hand it out as pi_ref again
     parameters = scale.trained(policy)
     optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=s.adam_betas, eps=s.adam_eps,
                                   weight_decay=0.0, fused=True)
@@ -195,7 +195,7 @@ def train(path, previous, training_set, chat, run):
         for u, batch in enumerate(bar, len(history)):
             optimizer.param_groups[0]["lr"] = lr = s.lr * lr_factor(u, len(batches))
             metrics = update(policy, optimizer, training_set, batch, u,
-                             from_reference=training_set.anchor == previous)
+                             from_reference=training_set.reference_path == previous)
             history.append({"iteration": s.iteration, "phase": "train", "update": u, "lr": lr,
                             **metrics})
             run.show(history[-1])
@@ -285,8 +285,8 @@ class TrainingSet:
     """The usable rows of pairs.jsonl, planned once into the batches of every epoch, for the
     reference pass and for training. A tree is made from its row when its micro-batch comes."""
 
-    def __init__(self, pairs, anchor, s):
-        self.pairs, self.anchor, self.s = pairs, anchor, s
+    def __init__(self, pairs, reference_path, s):
+        self.pairs, self.reference_path, self.s = pairs, reference_path, s
         self.reference, self.loaded = None, (None, None)
 
     @functools.cached_property
@@ -325,8 +325,9 @@ class TrainingSet:
 
 
 def update(policy, optimizer, training_set, batch, u, from_reference):
-    """Update number u of a training that began at its reference, or did not -> its mean metrics,
-    and the gradient's norm before it was clipped. FloatingPointError where it is not finite."""
+    """Update number u -> its mean metrics, and the gradient's norm before it was clipped.
+    from_reference: the training began at pi_ref, so update 0 must see policy == reference.
+    FloatingPointError where a number is not finite."""
     s, parameters = training_set.s, optimizer.param_groups[0]["params"]
     terms, optimism_norm = dict(alpha=s.alpha, beta=s.beta, optimism=s.optimism), None
     if u == 0 and s.alpha > 0:  # once an iteration: how much of the gradient is the term's?

@@ -127,13 +127,13 @@ and each response with its end token, once.
 ## 3. A sample (`sample.generate`)
 
 A slot of the sampler takes the prompt. Its last token, `{prompt.split()[-1]}`, is fed at position
-{len(row['prompt_ids']) - 1}; the next token is picked, then fed at the position behind it, and so on until an end token:
+{len(row['prompt_ids']) - 1}; the likeliest next token (temperature 0) is picked, then fed at the position behind it, and so on until an end token:
 y = {y['ids']}, "{y['text']}". `samples.jsonl` keeps these ids.
 
 ## 4. Candidates, scores, roles (`data.make_row`, `rank.give_roles`)
 
-One row of `pairs.jsonl`. The candidates are the DISTINCT responses; scores are the judge's; roles are
-indices into the candidates, and nothing after this line compares texts again:
+One row of `pairs.jsonl` (without `prompt` and `dropped`). The candidates are the responses with DISTINCT
+ids; scores are the judge's; roles are indices into the candidates, all that the rest of the code uses:
 
 ```json
 {row_text(row)}
@@ -155,10 +155,9 @@ predicted from the last prompt token, place {len(tree.prompt_ids) - 1}.
 
 A response's log-prob is the sum over its targets. The reference is the policy itself before the first
 update, so the loss, {t['loss']:.3f}, is ln 2. Its slope is -beta/2 for chosen, +beta/2 for rejected, and
-+alpha beta for y, added up where a response has several roles. (Had y won here, its slope would be
--beta/2 + alpha beta = {-0.5 * BETA + ALPHA * BETA:+.3f}: still up; from alpha = 1/2 on, even the winner would be pushed
-down at first.)
-Minimising goes against the slope:
++alpha beta for y, added up where a response has several roles. Minimising goes against the slope. (Had y
+won here, its slope would be -beta/2 + alpha beta = {-0.5 * BETA + ALPHA * BETA:+.3f}, and it would still be pushed up; above
+alpha = 1/2 even a winner is pushed down at first.)
 
 {chr(10).join(effects)}
 
