@@ -620,7 +620,8 @@ def test_smaller_micro_batches_make_the_reference_again_but_never_throw_a_checkp
         with pytest.raises(KeyboardInterrupt):
             train_loop.main([*command, "--tokens-per-forward", "64"])
     update, updates = train_loop.update, []
-    monkeypatch.setattr(train_loop, "update", lambda *args: updates.append(1) or update(*args))
+    monkeypatch.setattr(train_loop, "update", lambda *args, **kwargs: (
+        updates.append(1) or update(*args, **kwargs)))
     train_loop.main(command)
     assert len(made) == 2 and len(updates) == 1  # of two
 
