@@ -21,7 +21,7 @@ SELM samples one response for each of thousands of prompts, and their lengths di
   - Of the next AHEAD * slots prompts the longest come first: neighbours in length are prefilled
     together (little padding), and the longest do not start last, with few others to share a step.
   - Responses are handed out in the order of their prompts, each as soon as it and all before it
-    have ended, and slots never run dry: a kill costs what is on its way, not the phase.
+    have ended: a kill costs at most 2 * AHEAD + 1 times the slots, not the phase.
   - On a CPU most of a step is matrix products with few rows: see `packed_linears`.
 
 A sample depends on its prompt and its seed alone, not on the slots, the other prompts or the number
@@ -220,6 +220,8 @@ def generate(model, prompt_ids, *, max_new_tokens, seeds=None, progress=True, by
     limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
     seeds = torch.randint(2**62, (count,)).tolist() if seeds is None else seeds
     requests = list(zip(prompt_ids, limits, seeds, strict=True))
+    for i, request in enumerate(requests):  # before the first is sampled
+        make_slot(model.config, i, *request)
     return list((by or serve)(model, requests, expected=count if progress else None, **options))
 
 
@@ -231,7 +233,8 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
     A response ends with the first of `stop_ids` (kept), or without one at its limit of tokens.
     temperature 0 is greedy: the tokens of model.generate(do_sample=False). expected: how many there
     will be (0: unknown), for a progress bar; None: no bar. ValueError for an empty prompt, or one
-    that does not fit the context with its limit.
+    that does not fit the context with its limit. Trap: until the last response is taken, or the
+    generator closed, the model is in eval mode and samples by a copy of its weights.
     """
     check_settings(slots, temperature, top_p)
     coming = (make_slot(model.config, i, *request) for i, request in enumerate(requests))
@@ -246,7 +249,8 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
                                          leave=False, disable=expected is None) as bar:
             while waiting or live:
                 free = min(slots - len(live), len(waiting))
-                if free >= min(refill_at, len(waiting)) > 0:
+                # Not too far ahead of one that takes long: nobody can have what has ended since.
+                if free >= min(refill_at, len(waiting)) > 0 and len(ended) < 2 * AHEAD * slots:
                     taken = [waiting.pop() for _ in range(free)]
                     prefill(model, cache, [slot.prompt for slot in taken], len(live))
                     live += taken

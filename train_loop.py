@@ -27,7 +27,6 @@ ends.before(__name__)  # first of all: Ctrl-C while the libraries load is one li
 import functools
 import itertools
 import math
-import operator
 import shutil
 from dataclasses import replace
 
@@ -93,13 +92,12 @@ def sample_responses(records, policy, start, s):
 
     A prompt's samples depend on (seed, iteration, prompt_id) alone, not on its neighbours.
     """
-    chat, n = start.chat, s.responses_per_prompt  # 0: offline DPO on the data's own pairs
-    expected = operator.length_hint(records) * n if PROCESS == 0 else None
-    records, ahead = itertools.tee(records)
-    ys = iter(start.serve(
-        weights.load_frozen(policy, s.compute, start.attention), requests(ahead, chat, s),
-        stop_ids=chat.stop_ids, slots=s.slots, temperature=s.temperature, top_p=s.top_p,
-        expected=expected) if n else ())
+    chat, n, ys = start.chat, s.responses_per_prompt, iter(())
+    if n and len(records):  # 0: offline DPO on the data's own pairs
+        ys = iter(start.serve(
+            weights.load_frozen(policy, s.compute, start.attention), requests(records, chat, s),
+            stop_ids=chat.stop_ids, slots=s.slots, temperature=s.temperature, top_p=s.top_p,
+            expected=len(records) * n if PROCESS == 0 else None))
     for record in records:
         yield {"prompt_id": record["prompt_id"], "samples": [
             {"ids": y, "text": chat.text(y), "finished": y[-1] in chat.stop_ids}
@@ -119,7 +117,8 @@ def requests(records, chat, s):
 
 
 def sample_of_two(records, policy, start, s):
-    """--pairs reference: of each record the policy's sample, then one of the first model."""
+    """--pairs reference: of each record the policy's sample, then one of the first model. (Slots
+    run dry once a chunk.)"""
     other = replace(s, iteration=f"{s.iteration}, reference")  # a random stream of its own
     for chunk in chunks(records, 8 * s.slots):  # one after the other: each has a cache
         rows = list(sample_responses(chunk, policy, start, s))

@@ -48,7 +48,7 @@ from harness import toy  # noqa: E402
 OURS = {file.stem for file in ROOT.glob("*.py")} | {"harness"}
 fork = multiprocessing.get_context("fork")
 COMMAND = ("--model world/base --data world/train.jsonl --ranker judge.py:judge --run-dir run "
-           "--iterations 2 --prompts-per-iteration 24 --batch-size 4 --eval-prompts 4 --slots 4 "
+           "--iterations 2 --prompts-per-iteration 24 --batch-size 4 --eval-prompts 4 --slots 1 "
            "--max-length 48 --max-prompt-length 24 --max-new-tokens 8 --tokens-per-forward 128 "
            "--temperature 1 --alpha 0.1 --lr 1e-3 --dtype fp32 --device cpu").split()
 JUDGE = """def judge(prompts, candidates):

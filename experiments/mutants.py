@@ -183,6 +183,8 @@ MUTANTS = [
      "(distance >= 0) & (distance <= window)", SAMPLE),
     ("responses come back in the order in which they ended", "sample.py",
      "ended[slot.index] = slot.response", "ended[due + len(ended)] = slot.response", SAMPLE),
+    ("sampling runs far ahead of a slow response", "sample.py",
+     " and len(ended) < 2 * AHEAD * slots", "", SAMPLE),
     ("a response is handed out twice", "sample.py", "yield ended.pop(due)", "yield ended[due]",
      SAMPLE),
     ("a prompt's cache begins one position late", "sample.py",

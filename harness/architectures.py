@@ -165,19 +165,24 @@ def serve_one_by_one(model, requests, *, stop_ids, slots=1, temperature=0.0, top
     """sample.serve where slots are not right: transformers' own, prompt by prompt, with whatever
     cache or state the model has. The same tokens, from the same random numbers."""
     sample.check_settings(slots, temperature, top_p)
-    for i, request in enumerate(tqdm(requests, "sample", expected or None, unit="response",
-                                     leave=False, disable=expected is None)):
-        slot = sample.make_slot(model.config, i, *request)
+    was_training = model.training
+    model.eval()
+    try:
+        for i, request in enumerate(tqdm(requests, "sample", expected or None, unit="response",
+                                         leave=False, disable=expected is None)):
+            slot = sample.make_slot(model.config, i, *request)
 
-        def only_ours(_, lm_logits):
-            """A logits processor that leaves one token to choose from."""
-            uniforms = [slot.uniforms.random()] if temperature else None
-            token = sample.pick_tokens(lm_logits, uniforms, temperature, top_p)[:, None]
-            return torch.full_like(lm_logits, -math.inf).scatter(1, token, 0.0)
+            def only_ours(_, lm_logits):
+                """A logits processor that leaves one token to choose from."""
+                uniforms = [slot.uniforms.random()] if temperature else None
+                token = sample.pick_tokens(lm_logits, uniforms, temperature, top_p)[:, None]
+                return torch.full_like(lm_logits, -math.inf).scatter(1, token, 0.0)
 
-        output = own_generate(model, slot.prompt, slot.limit, stop_ids,
-                              logits_processor=[only_ours])
-        yield output.sequences[0, len(slot.prompt):].tolist()
+            output = own_generate(model, slot.prompt, slot.limit, stop_ids,
+                                  logits_processor=[only_ours])
+            yield output.sequences[0, len(slot.prompt):].tolist()
+    finally:
+        model.train(was_training)
 
 
 def own_generate(model, ids, limit, stop_ids, **options):

@@ -11,10 +11,9 @@ import sys
 from contextlib import contextmanager
 
 GOES_ON = "the same command goes on after the last finished phase"
-HINTS = {"No space left": ". Finished phases are kept: free some space and run the same command "
-                          "again"}
-OUT_OF_MEMORY = (". Finished phases are kept: lower --tokens-per-forward (training) or --slots "
-                 "(sampling), or add --gradient-checkpointing or --offload")
+NO_SPACE = "free some space and run the same command again"
+OUT_OF_MEMORY = ("lower --tokens-per-forward (training) or --slots (sampling), or add "
+                 "--gradient-checkpointing or --offload")
 
 
 def one_line(error):
@@ -55,7 +54,8 @@ def before(module, goes_on=GOES_ON):
     module: its __name__; nothing is done where it is only imported."""
     def leave(number, frame):
         """While libraries load there is nothing to close; they make exceptions their own."""
-        print(f"\nstopped; {goes_on}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"\nstopped; {goes_on}", file=sys.stderr, flush=True)
         os._exit(128 + number)
     if module == "__main__":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -64,26 +64,28 @@ def before(module, goes_on=GOES_ON):
 
 def run(main, goes_on=GOES_ON):
     """main(), and an end that fits what happened. SELM_TRACEBACK=1 shows where an error arose.
-    goes_on: what Ctrl-C says after "stopped; ".
+    goes_on: what Ctrl-C says after "stopped; "; a command that has another has no phases.
     Trap: a job started in the background of a script inherits an ignored Ctrl-C, so it is set."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
+    kept = ". Finished phases are kept" if goes_on == GOES_ON else ""
     try:
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("SELM_TRACEBACK"):
             raise
-        sys.exit(f"error: {one_line(error)}" + next(
-            (hint for sign, hint in HINTS.items() if sign in str(error)), ""))
+        hint = f"{kept}: {NO_SPACE}" if "No space left" in str(error) else ""
+        sys.exit(f"error: {one_line(error)}{hint}")
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
-        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        if os.environ.get("RANK", "0") == "0":
             print(f"\n{'terminated' if terminated else 'stopped'}; {str(stop) or goes_on}",
                   file=sys.stderr)
         sys.exit(143 if terminated else 130)
     except Exception as error:
         if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
-            sys.exit(f"error: {one_line(error)}{OUT_OF_MEMORY}")
-        print("error: a bug of this program, not of your files; what follows says where. Finished "
-              "phases are kept.", file=sys.stderr)
+            sys.exit(f"error: {one_line(error)}" + (f"{kept}: {OUT_OF_MEMORY}" if kept else
+                                                    "; do less at a time (--help says how)"))
+        print(f"error: a bug of this program, not of your files; what follows says where{kept}.",
+              file=sys.stderr)
         raise

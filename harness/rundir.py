@@ -10,7 +10,7 @@ else is made. A phase that yields rows writes them as they come, so that one whi
 behind its last row; the file itself appears when it is whole.
 
 Under several processes each one writes the rows of items[PROCESS::PROCESSES] to a part of its own,
-and process 0 weaves the parts together: no process ever holds all rows.
+and process 0 weaves the parts together, a row at a time.
 
 Test: pytest tests/test_rundir.py.
 """
@@ -228,10 +228,15 @@ class Run:
             done = keep_whole_lines(file)
             left = range(PROCESS + done * PROCESSES, len(items), PROCESSES)
             try:
-                for row in phase(Share(items, left), *args):
+                count = 0
+                for count, row in enumerate(phase(Share(items, left), *args), 1):
                     file.write(line_of(row).encode())
                     file.flush()
                 os.fsync(file.fileno())
+                if count != len(left):  # rows of several processes are joined by their order
+                    file.truncate(0)
+                    raise ValueError(f"{path.name}: {phase.__name__} made {count} rows of "
+                                     f"{len(left)} items; it must yield one for each, in order")
             except (ValueError, OSError) as error:
                 failure = error
         failures = [error for error in gather(failure) if error]  # one's error is an error of all

@@ -179,10 +179,13 @@ class ChatFormat:
 
 
 def strip_thought(text):
-    """The answer without <think>...</think>; "" where the first thought was never closed."""
+    """Without <think>...</think>; "" for a text that begins with a thought that is never closed."""
     if "<think>" not in text:
         return text
-    answer = re.sub(r"(\A\s*)?<think>.*?</think>\s*", "", text, flags=re.DOTALL)
+    # Behind the last end nothing can close: to search there for each <think> would take n^2.
+    end = text.rfind("</think>") + len("</think>") if "</think>" in text else 0
+    end += len(text[end:]) - len(text[end:].lstrip())
+    answer = re.sub(r"(\A\s*)?<think>.*?</think>\s*", "", text[:end], flags=re.DOTALL) + text[end:]
     return "" if answer.lstrip().startswith("<think>") else answer
 
 

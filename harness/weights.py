@@ -33,10 +33,16 @@ def load_policy(path, compute):
     """To train: fp32 master weights; several processes, or --offload, share them out (FSDP2)."""
     load_frozen.cache_clear()  # its memory is needed
     sharded = collect_cycles(compute)
-    # Process 0 alone holds all weights, and hands them out: eight copies fill a host.
-    model = (load_model(path, torch.float32, "cpu" if sharded else compute.device,
-                        compute.attention) if PROCESS == 0 else
-             empty_model(path, compute.attention))
+    model = failure = None
+    try:  # process 0 alone holds all weights, and hands them out: eight copies fill a host
+        model = (load_model(path, torch.float32, "cpu" if sharded else compute.device,
+                            compute.attention) if PROCESS == 0 else
+                 empty_model(path, compute.attention))
+    except ValueError as error:
+        failure = error
+    for error in scale.gather(failure):  # before anybody waits for a slice that never comes
+        if error:
+            raise error
     if compute.lora_rank:
         model = scale.add_lora(model, compute.lora_rank)
     policy = Policy(model, compute.gradient_checkpointing,

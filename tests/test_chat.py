@@ -12,7 +12,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 import sample
 from conftest import ROOT, VOCABULARY, make_model, make_tokenizer
-from harness import chat
+from harness import chat, ends
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +220,16 @@ def test_ctrl_c_is_one_line_and_exit_code_130(folder):
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and stderr.splitlines()[-1] == "stopped; nothing was written"
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), OSError(28, "No space left"),
+                                   TypeError("a bug")])
+def test_a_command_without_phases_does_not_say_that_they_are_kept(error, monkeypatch, capsys):
+    """Advice for training (--offload) where somebody samples, and a promise that is not kept."""
+    def fails():
+        raise error
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    with pytest.raises((SystemExit, TypeError)) as end:
+        ends.run(fails, goes_on="nothing was written")
+    said = f"{end.value} {capsys.readouterr().err}"
+    assert "error: " in said and "phases" not in said and "--offload" not in said

@@ -179,6 +179,32 @@ def test_only_one_process_ever_holds_all_weights(tmp_path):
     assert got == pytest.approx(total, rel=1e-12)
 
 
+FAILS = """
+from harness import scale, weights
+from harness.settings import Compute
+scale.start("cpu")
+def damaged(*arguments):
+    raise ValueError("a damaged file")
+weights.load_model = damaged  # process 0 alone calls it
+try:
+    weights.load_policy(sys.argv[1], Compute("cpu", "fp32", False, False, 0, False, False))
+except ValueError as error:
+    assert str(error) == "a damaged file"
+    scale.gather(None)
+    scale.stop()
+    sys.exit(0)
+sys.exit("process " + str(scale.PROCESS) + " goes on")
+"""
+
+
+def test_a_policy_that_process_0_cannot_read_stops_all(tmp_path):
+    """Six hours of silence: process 0 reports its error, the others wait for their slices."""
+    tiny = write_model(tmp_path / "tiny", "llama")
+    process = launch(write_script(tmp_path / "fails.py", FAILS), str(tiny))
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr[-2000:]
+
+
 @pytest.mark.parametrize("given, flag, expected", [
     ("bfloat16", None, "float32"), ("bfloat16", "start", "bfloat16"),
     ("float32", "start", "float32"), ("float16", "start", "float16")])

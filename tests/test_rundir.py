@@ -192,6 +192,17 @@ def test_nothing_breaks_where_there_is_no_git(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run/config.json").read_text())["git_revision"] is None
 
 
+@pytest.mark.parametrize("wrong", [
+    lambda items: (item for item in list(items)[1:]),
+    lambda items: (item for item in items for _ in range(2))])
+def test_a_phase_that_loses_or_adds_a_row_is_refused_the_second_time_too(wrong, tmp_path):
+    """A fork's sampler that skips a prompt: all later rows of two processes change places."""
+    for _ in range(2):
+        with pytest.raises(ValueError, match="one for each, in order"):
+            Run(tmp_path).once(tmp_path / "x.jsonl", wrong, ITEMS)
+    assert not (tmp_path / "x.jsonl").exists()
+
+
 def finished_run(folder):
     claim(folder, {"alpha": 0.1}, {})
     Run(folder).once(folder / "iter_1/x.jsonl", doubled, ITEMS)

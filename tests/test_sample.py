@@ -90,6 +90,19 @@ def test_responses_are_handed_out_in_order_while_slots_stay_full(monkeypatch):
         assert ours(model, [ids], seeds=[seed], temperature=1.0) == [response]
 
 
+def test_a_response_that_takes_long_does_not_hold_back_all_others():
+    """399 finished responses in memory, lost by a kill, because the first one was not done."""
+    model, asked = make_model(), []
+
+    def requests():
+        for i in range(200):
+            asked.append(i)
+            yield [5, 6, 7], (100 if i == 0 else 1), i
+    waits = [len(asked) - i for i, _ in enumerate(sample.serve(
+        model, requests(), stop_ids=(), slots=2))]
+    assert len(waits) == 200 and max(waits) <= 2 * (3 * sample.AHEAD + 2)  # taken or about to be
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 def test_a_sample_depends_on_its_prompt_and_seed_only(top_p):
     """One generator for the whole batch: another number of slots would then give other samples."""

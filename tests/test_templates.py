@@ -5,7 +5,9 @@ as a whole with its end. Templates are written anew after their published format
 """
 
 import functools
+import random
 import re
+import time
 
 import pytest
 from tokenizers import (
@@ -189,6 +191,18 @@ def test_prompt_and_response_are_the_templates_own_tokens_or_the_model_is_refuse
     assert refused == (system if shape in ("gemma", "mistral", "mistral_with_system_in_the_last_"
                                            "user_turn") else set())
     assert equal == len(TEXTS) * (len(CONVERSATIONS) - len(refused))
+
+
+def test_thoughts_are_taken_off_in_linear_time_and_as_the_plain_pattern_does():
+    """A minute for one row of a stranger's file that repeats an opening tag."""
+    chance, pieces = random.Random(0), ["<think>", "</think>", " ", "a", "\n"]
+    for _ in range(2000):
+        text = "".join(chance.choices(pieces, k=chance.randrange(12)))
+        plain = re.sub(r"(\A\s*)?<think>.*?</think>\s*", "", text, flags=re.DOTALL)
+        assert strip_thought(text) == ("" if plain.lstrip().startswith("<think>") else plain)
+    begin = time.perf_counter()
+    assert strip_thought("a</think>" + "<think>" * 40000).startswith("a")  # 30 s in n^2
+    assert time.perf_counter() - begin < 1
 
 
 def test_a_thought_that_the_prompt_opens_is_closed_with_the_templates_switch_and_said():
