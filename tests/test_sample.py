@@ -259,7 +259,7 @@ def test_one_by_one_gives_the_samples_of_slots(top_p):
     assert model.generation_config.repetition_penalty == 5.0
 
 
-@pytest.mark.parametrize("fault", ["position", "mask", "neighbour"])
+@pytest.mark.parametrize("fault", ["position", "mask", "neighbour", "moved row"])
 def test_slots_that_are_wrong_for_a_model_are_not_used(monkeypatch, fault):
     """Other tokens, without a sign. The faults are ours here, and architectures' in real life."""
     model, notes = make_model(scale=3.0), []
@@ -271,6 +271,8 @@ def test_slots_that_are_wrong_for_a_model_are_not_used(monkeypatch, fault):
                 position_ids.shape[1] == 1) * torch.arange(len(position_ids))[:, None], **kwargs))
     elif fault == "mask":
         monkeypatch.setattr(sample, "step_mask", lambda *args: None)
+    elif fault == "moved row":
+        monkeypatch.setattr(sample.SlotCache, "move", lambda *args: None)
     else:
         aim = sample.SlotCache.aim
         monkeypatch.setattr(sample.SlotCache, "aim", lambda self, first, *args, **kwargs: aim(
