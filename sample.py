@@ -231,10 +231,9 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
     in the order of the requests, which are read no further than needed.
 
     A response ends with the first of `stop_ids` (kept), or without one at its limit of tokens.
-    temperature 0 is greedy: the tokens of model.generate(do_sample=False). expected: how many there
-    will be (0: unknown), for a progress bar; None: no bar. ValueError for an empty prompt, or one
-    that does not fit the context with its limit. Trap: until the last response is taken, or the
-    generator closed, the model is in eval mode and samples by a copy of its weights.
+    temperature 0 is greedy: the tokens of model.generate(do_sample=False). expected: how many will
+    come (0: unknown), for a progress bar; None: no bar. Errors: those of `make_slot`. Trap: until
+    the last response is taken, or the generator closed, the model runs on a copy of its weights.
     """
     check_settings(slots, temperature, top_p)
     coming = (make_slot(model.config, i, *request) for i, request in enumerate(requests))
@@ -284,7 +283,8 @@ def longest_last(coming, count):
 
 
 def make_slot(config, index, ids, limit, seed):
-    """The Slot of a request. Errors: ValueError."""
+    """The Slot of a request. ValueError for an empty prompt, or one that does not fit the context
+    with its limit."""
     if len(ids) == 0:
         raise ValueError(f"prompt {index} has no tokens; there is nothing to predict from")
     if limit < 1:
