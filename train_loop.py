@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import data
 import rank
+import sample
 import selm
 from harness import command, duel, outside, report, scale, weights
 from harness.evaluate import evaluation, ranking
@@ -120,7 +121,7 @@ def sample_of_two(records, policy, start, s):
     """--pairs reference: of each record the policy's sample, then one of the first model. (Slots
     run dry once a chunk.)"""
     other = replace(s, iteration=f"{s.iteration}, reference")  # a random stream of its own
-    for chunk in chunks(records, 8 * s.slots):  # one after the other: each has a cache
+    for chunk in chunks(records, sample.AHEAD * s.slots):  # one after the other: each has a cache
         rows = list(sample_responses(chunk, policy, start, s))
         for row, its in zip(rows, list(sample_responses(chunk, start.policy, start, other))):
             yield {**row, "samples": row["samples"] + its["samples"]}

@@ -1,6 +1,6 @@
 """Does a run that was killed, wherever it dies, end in the files of one that was left alone?
 
-    python experiments/kill_test.py 40                 8 minutes on two cores, beside other work
+    python experiments/kill_test.py 40                 4 minutes on two cores
     python experiments/kill_test.py 8 --processes 1    one process only (or 2)
 
 Four cases take turns: one process, or two under torchrun; without a checkpoint inside the training

@@ -27,7 +27,7 @@ import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from harness.scale import PROCESS, PROCESSES, checksum, gather, only_first, say, told
+from harness.scale import PROCESS, PROCESSES, checksum, only_first, raise_everywhere, say, told
 
 try:
     import fcntl
@@ -239,9 +239,7 @@ class Run:
                                      f"{len(left)} items; it must yield one for each, in order")
             except (ValueError, OSError) as error:
                 failure = error
-        failures = [error for error in gather(failure) if error]  # one's error is an error of all
-        if failures:
-            raise failure or failures[0]
+        raise_everywhere(failure)
 
         def weave():
             parts = [open(path.with_name(f"{path.name}.part{p}of{PROCESSES}"), "rb")

@@ -101,6 +101,13 @@ def told(answer):
     return answer[0]
 
 
+def raise_everywhere(failure):
+    """One process's error (None: it has none) is an error of all, before anybody waits for it."""
+    failures = [error for error in gather(failure) if error]
+    if failures:
+        raise failure or failures[0]
+
+
 def only_first(action, *args):
     """Process 0 acts, the others wait; an error of it is an error of all. Returns its result."""
     result = failure = None

@@ -40,9 +40,7 @@ def load_policy(path, compute):
                  empty_model(path, compute.attention))
     except ValueError as error:
         failure = error
-    for error in scale.gather(failure):  # before anybody waits for a slice that never comes
-        if error:
-            raise error
+    scale.raise_everywhere(failure)  # nobody waits for a slice that never comes
     if compute.lora_rank:
         model = scale.add_lora(model, compute.lora_rank)
     policy = Policy(model, compute.gradient_checkpointing,
