@@ -48,6 +48,7 @@ class ChatFormat:
                  if token.content.strip() not in ("", "<think>", "</think>")}  # "": runs of spaces
         self.marks = set(added)  # <|im_end|>, <|channel|>, ...
         self.hidden = {i for i, token in added.items() if token.special}
+        self.borders = {i: token.content for i, token in added.items() if not token.normalized}
         try:
             self._read_template()
         except ValueError as reason:
@@ -78,12 +79,22 @@ class ChatFormat:
         SentencePiece would otherwise put a space before the first word that the policy never
         samples there, and the data's responses would look unlikely for no reason.
         """
-        rendered = [self.render(messages, text) for messages, text in pairs]
-        prompts = list(dict.fromkeys(prompt for prompt, _ in rendered))
-        prompts = dict(zip(prompts, self._tokenise(prompts)))
-        finished = self._tokenise([prompt + response for prompt, response in rendered])
-        return [ids[len(prompts[prompt]):] if ids[:len(prompts[prompt])] == prompts[prompt]
-                else self._apart(response) for ids, (prompt, response) in zip(finished, rendered)]
+        prompts, rows = {}, []  # by identity: the responses to one prompt come with one list
+        for messages, text in pairs:
+            if id(messages) not in prompts:
+                prompts[id(messages)] = self._apply(messages, add_generation_prompt=True)
+            prompt = prompts[id(messages)]
+            rows.append((self._header(prompt), self._response(prompt, messages, text)))
+        headers = list(dict.fromkeys(header for header, _ in rows))
+        headers = dict(zip(headers, self._tokenise(headers)))
+        finished = self._tokenise([header + response for header, response in rows])
+        return [ids[len(headers[header]):] if ids[:len(headers[header])] == headers[header]
+                else self._apart(response) for ids, (header, response) in zip(finished, rows)]
+
+    def _header(self, prompt):
+        """The end of a prompt, from a special token on. A tokenizer takes a text apart at these
+        before all else, so what stands before one has no say in the ids behind it."""
+        return prompt[max(0, prompt.rfind(self.border)) if self.border else 0:]
 
     def _apart(self, response):
         """A token has grown over the border (the header ends with a newline and the text begins
@@ -122,12 +133,15 @@ class ChatFormat:
         """(prompt, response) as the template writes them. ValueError, which is about this row,
         where the template refuses the conversation or takes it apart."""
         prompt = self._apply(messages, add_generation_prompt=True)
+        return prompt, self._response(prompt, messages, text)
+
+    def _response(self, prompt, messages, text):
         response = self._behind(prompt, messages, text) + self.added_end
         # A quoted end token ends the response too: the policy could say nothing behind it.
         at = response.find(self.end, len(self.lead) if response.startswith(self.lead) else 0)
         if at < 0:
             raise ValueError(f"the chat template does not close this answer with {self.end}")
-        return prompt, response[:at + len(self.end)]
+        return response[:at + len(self.end)]
 
     def _behind(self, prompt, messages, text):
         """What the template's finished conversation has behind the rendered prompt."""
@@ -168,6 +182,8 @@ class ChatFormat:
         self.end = self.tokenizer.convert_ids_to_tokens(self.end_id)
         self.tail, self.added_end = after.partition(self.end)[0], "" if end_ids else self.end
         opening = [k for k, i in enumerate(lead_ids, 1) if i in self.marks]
+        borders = [self.borders[i] for i in ids if i in self.borders]
+        self.border = next((token for token in reversed(borders) if token in prompt), None)
         self.channel = lead_ids[:opening[-1]] if opening else []  # <|channel|>final<|message|>
         self.lead_text = self._decode(lead_ids)
         # Zephyr's template has no BOS, but its tokenizer begins every text with one: the authors'

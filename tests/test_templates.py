@@ -11,7 +11,7 @@ import time
 
 import pytest
 from tokenizers import (
-    Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers)
+    AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers)
 from transformers import PreTrainedTokenizerFast
 
 import data
@@ -221,6 +221,45 @@ def test_many_conversations_in_one_call_give_the_ids_of_single_calls():
     conversations = list(CONVERSATIONS.values())
     assert chat.prompts_ids(conversations) == [chat.prompt_ids(c) for c in conversations]
     assert chat.prompts_ids([]) == chat.responses_ids([]) == []
+
+
+SPLITS = {"bytes": (pre_tokenizers.ByteLevel(add_prefix_space=False), None),
+          "bytes with a space": (pre_tokenizers.ByteLevel(add_prefix_space=True), None),
+          "metaspace first": (pre_tokenizers.Metaspace(prepend_scheme="first"), None),
+          "metaspace always": (pre_tokenizers.Metaspace(prepend_scheme="always"), None),
+          "prepend": (None, normalizers.Sequence([normalizers.Prepend("▁"),
+                                                  normalizers.Replace(" ", "▁")]))}
+
+
+@pytest.mark.parametrize("split, kind", [
+    (split, kind) for split in SPLITS for kind in ("plain", "normalized", "lstrip", "rstrip")
+    if (split, kind) != ("prepend", "normalized")])  # such an end token is none: it is refused
+def test_what_stands_before_the_header_has_no_say_in_a_responses_ids(split, kind):
+    """Responses are tokenised behind the header alone; where a tokenizer sees further, behind the
+    prompt. The oracle is the whole text, tokenised at once."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer, core.normalizer = SPLITS[split]
+    core.train_from_iterator(
+        ["assistant\nhello there the moon assistant\n hello system\nyou are a cat"] * 5,
+        trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"],
+                            show_progress=False))
+    core.add_special_tokens([AddedToken(
+        token, normalized=kind == "normalized", lstrip=kind == "lstrip", rstrip=kind == "rstrip")
+        for token in ("<|im_start|>", "<|im_end|>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
+                                        chat_template=CHATML)
+    chat = ChatFormat(tokenizer)
+    assert (chat.border is None) == (kind == "normalized")
+    for text in TEXTS:
+        for messages in CONVERSATIONS.values():
+            prompt, response = chat.render(messages, text)
+            whole, before = (tokenizer(x, add_special_tokens=False)["input_ids"]
+                             for x in (prompt + response, prompt))
+            ids = chat.response_ids(messages, text)
+            if whole[:len(before)] == before:
+                assert ids == whole[len(before):]
+            else:
+                assert ids == chat._apart(response)
 
 
 def test_a_token_that_grows_over_the_border_leaves_the_prompt_as_the_sampler_sees_it():
