@@ -239,9 +239,9 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
     coming = (make_slot(model.config, i, *request) for i, request in enumerate(requests))
     waiting = longest_last(coming, AHEAD * slots)
     slots = min(slots, len(waiting))
-    refill_at = worth_a_prefill(slots, waiting)
     cache = SlotCache(slots, context_length(model.config))
     live, ended, due, was_training = [], {}, 0, model.training
+    tokens_sampled, count = 0, 0  # of all responses; and how many of these have ended
     model.eval()
     try:
         with packed_linears(model), tqdm(total=expected or None, desc="sample", unit="response",
@@ -249,7 +249,8 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
             while waiting or live:
                 free = min(slots - len(live), len(waiting))
                 # Not too far ahead of one that takes long: nobody can have what has ended since.
-                if free >= min(refill_at, len(waiting)) > 0 and len(ended) < 2 * AHEAD * slots:
+                enough = min(worth_a_prefill(slots, tokens_sampled / max(count, 1)), len(waiting))
+                if free >= enough > 0 and len(ended) < 2 * AHEAD * slots:
                     taken = [waiting.pop() for _ in range(free)]
                     prefill(model, cache, [slot.prompt for slot in taken], len(live))
                     live += taken
@@ -257,8 +258,10 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
                 lm_logits = step(model, cache, live)  # (n, V)
                 uniforms = [slot.uniforms.random() for slot in live] if temperature else None
                 tokens = pick_tokens(lm_logits, uniforms, temperature, top_p).tolist()
+                tokens_sampled += len(live)
                 for slot in advance(live, cache, tokens, stop_ids):
                     ended[slot.index] = slot.response
+                    count += 1
                     bar.update()
                 while due in ended and (waiting or live):
                     yield ended.pop(due)
@@ -268,13 +271,12 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
     yield from (ended[index] for index in sorted(ended))  # the model is its owner's again
 
 
-def worth_a_prefill(slots, waiting):
+def worth_a_prefill(slots, length):
     """How many slots must be free to refill them. A prefill costs about one step, however few
     prompts are in it; a free slot wastes 1/slots of each step; slots / L of them end in a step (L:
-    length of a response, of which only the limit is known). Until k are free, a prompt costs 1/k of
-    a prefill and k L / (2 slots^2) steps of idling: least at k = slots * sqrt(2 / L)."""
-    longest = max((slot.limit for slot in waiting), default=1)
-    return max(1, min(slots, round(slots * (2 / longest) ** 0.5)))
+    the mean length of a response). Until k are free, a prompt costs 1/k of a prefill and
+    k L / (2 slots^2) steps of idling: least at k = slots * sqrt(2 / L)."""
+    return max(1, min(slots, round(slots * (2 / max(length, 1)) ** 0.5)))
 
 
 def longest_last(coming, count):

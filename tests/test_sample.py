@@ -75,6 +75,7 @@ def test_responses_are_handed_out_in_order_while_slots_stay_full(monkeypatch):
     forward, asked = model.forward, []
     monkeypatch.setattr(model, "forward", lambda **kw: (
         rows.append(kw["input_ids"].shape) or forward(**kw)))
+    monkeypatch.setattr(sample, "worth_a_prefill", lambda *_: 1)  # else some wait for company
     requests = ((asked.append(i) or ids, 24, i) for i, ids in enumerate(prompts))
     waits, got = [], []
     for response in sample.serve(model, requests, stop_ids=STOP, slots=4, temperature=1.0):
@@ -101,6 +102,25 @@ def test_a_response_that_takes_long_does_not_hold_back_all_others():
     waits = [len(asked) - i for i, _ in enumerate(sample.serve(
         model, requests(), stop_ids=(), slots=2))]
     assert len(waits) == 200 and max(waits) <= 2 * (3 * sample.AHEAD + 2)  # taken or about to be
+
+
+def test_slots_are_refilled_by_how_long_responses_are_not_by_how_long_they_may_be(monkeypatch):
+    """A tenth of all forward passes wasted on prefills of one prompt, where responses end long
+    before their limit."""
+    model, prompts = make_model(), make_prompts((4,) * 160)
+    forward, passes = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda **kw: passes.append(1) or forward(**kw))
+
+    def count():
+        passes.clear()
+        got = ours(model, prompts, slots=8, max_new_tokens=240, temperature=9.0, seeds=range(160))
+        return len(passes), sum(map(len, got)) / 160
+    by_mean, mean = count()
+    assert mean < 12
+    worth = sample.worth_a_prefill
+    monkeypatch.setattr(sample, "worth_a_prefill", lambda slots, _: worth(slots, 240))
+    by_limit, _ = count()
+    assert by_mean < 0.93 * by_limit
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
