@@ -39,13 +39,18 @@ def encode(records, chat, max_prompt_length, max_length):
 
     chat: harness.template.ChatFormat. It tokenises many texts in one call, which is far faster.
     """
-    prompts = chat.prompts_ids([record["prompt"] for record in records])
     responses = iter(chat.responses_ids([(record["prompt"], record[source]) for record in records
                                          for source in ("data_chosen", "data_rejected")]))
-    for record, prompt in zip(records, prompts):
-        prompt = cut_prompt(prompt, max_prompt_length, chat.bos_id)
-        room = max_length - len(prompt)  # one for all: more room for one would be a bias
+    # One room for all: more for one response would be a bias.
+    for record, prompt, room in encode_prompts(records, chat, max_prompt_length, max_length):
         yield record, prompt, [next(responses)[:room], next(responses)[:room]]
+
+
+def encode_prompts(records, chat, max_prompt_length, max_length):
+    """Yields (record, prompt ids, most tokens of a response to it), cut to the limits."""
+    for record, ids in zip(records, chat.prompts_ids([record["prompt"] for record in records])):
+        ids = cut_prompt(ids, max_prompt_length, chat.bos_id)
+        yield record, ids, max_length - len(ids)
 
 
 def cut_prompt(prompt_ids, max_prompt_length, bos_id=None):

@@ -35,7 +35,6 @@ from tqdm import tqdm
 
 import data
 import rank
-import sample
 import selm
 from harness import command, duel, outside, report, scale, weights
 from harness.evaluate import evaluation, ranking
@@ -63,9 +62,11 @@ def self_explore(run, start, settings):
         here, s = run.folder / f"iter_{k}", settings.at(k)
 
         # y ~ pi(.|x), then the best and the worst of {y, y_w, y_l}
-        draw = (outside.samples if s.samples_from else
-                sample_responses if s.pairs == "data" else sample_of_two)
-        samples = once(here / "samples.jsonl", draw, portion, policy, start, s)
+        draw = outside.samples if s.samples_from else sample_responses
+        samples = [once(here / "samples.jsonl", draw, portion, policy, start, s)]
+        if s.pairs == "reference":  # XPO's: the first model's too, of a random stream of their own
+            samples.append(once(here / "reference_samples.jsonl", draw, portion, start.policy,
+                                start, replace(s, iteration=f"{k}, reference")))
         pairs = once(here / "pairs.jsonl", rank_candidates, portion, samples, start, s)
         # log pi_ref of every response that the loss needs, before the first update
         training_set = TrainingSet(pairs, policy if s.reference == "previous" else start.policy, s)
@@ -108,31 +109,19 @@ def sample_responses(records, policy, start, s):
 def requests(records, chat, s):
     """What sampling asks for: yields (prompt ids, most tokens of y, seed), n a record."""
     for chunk in chunks(records, CHUNK):
-        prompts = chat.prompts_ids([record["prompt"] for record in chunk])
-        for record, ids in zip(chunk, prompts):
-            ids = data.cut_prompt(ids, s.max_prompt_length, chat.bos_id)
-            # What the prompt leaves of --max-length is all that y may have: nothing is cut later.
-            limit = min(s.max_new_tokens, s.max_length - len(ids))
+        for record, ids, room in data.encode_prompts(chunk, chat, s.max_prompt_length,
+                                                     s.max_length):
+            limit = min(s.max_new_tokens, room)  # so that nothing is cut later
             for j in range(s.responses_per_prompt):
                 yield ids, limit, stream(s.seed, s.iteration, record["prompt_id"], j)
 
 
-def sample_of_two(records, policy, start, s):
-    """--pairs reference: of each record the policy's sample, then one of the first model. (Slots
-    run dry once a chunk.)"""
-    other = replace(s, iteration=f"{s.iteration}, reference")  # a random stream of its own
-    for chunk in chunks(records, sample.AHEAD * s.slots):  # one after the other: each has a cache
-        rows = list(sample_responses(chunk, policy, start, s))
-        for row, its in zip(rows, list(sample_responses(chunk, start.policy, start, other))):
-            yield {**row, "samples": row["samples"] + its["samples"]}
-
-
 def rank_candidates(records, samples, start, s):
     """Best and worst of {y, y_w, y_l}, says the judge: the rows of pairs.jsonl. Without samples the
-    data's own pair is the pair."""
-    judge = start.judging(samples.path.parent)
+    data's own pair is the pair. samples: the rows of samples.jsonl; XPO's of both models."""
+    judge = start.judging(samples[0].path.parent)
     for chunk in chunks(records, CHUNK):
-        rows = [data.make_row(record, prompt, named(responses, samples.of(record["prompt_id"]), s),
+        rows = [data.make_row(record, prompt, named(responses, record["prompt_id"], samples),
                               start.chat)
                 for record, prompt, responses in data.encode(chunk, start.chat, s.max_prompt_length,
                                                              s.max_length)]
@@ -144,12 +133,12 @@ def rank_candidates(records, samples, start, s):
         yield from map(rank.give_roles, rows, scores)
 
 
-def named(responses, row, s):
+def named(responses, prompt_id, samples):
     """A prompt's candidates, (source, ids) each: the data's two and y; XPO's are both sampled."""
-    ys = [y["ids"] for y in row["samples"]]
-    if s.pairs == "reference":
-        return list(zip(("policy", "reference"), ys))
-    return [*zip(("data_chosen", "data_rejected"), responses), *(("sampled", y) for y in ys)]
+    ys = [[y["ids"] for y in rows.of(prompt_id)["samples"]] for rows in samples]
+    if len(ys) == 2:
+        return list(zip(("policy", "reference"), (y for [y] in ys)))
+    return [*zip(("data_chosen", "data_rejected"), responses), *(("sampled", y) for y in ys[0])]
 
 
 @torch.no_grad()
@@ -220,7 +209,16 @@ def evaluate(run, here, policy, start, s):
     start is its own opponent, and is evaluated once for all arms of a seed."""
     if start.held_out:
         owner, judge = (start.run if policy == start.policy else run), start.judging(here, True)
-        answers = owner.once(here / "eval.jsonl", answer, start.held_out, policy, start, s, judge)
+        # One random stream for all policies.
+        to_answer = replace(s, iteration="eval", responses_per_prompt=1)
+        ys = [owner.once(here / "answers.jsonl", sample_responses, start.held_out, policy, start,
+                         to_answer)]
+        if start.also_samples(s.temperature):
+            hot = replace(to_answer, temperature=1.0)
+            ys.append(owner.once(here / "answers_at_temperature_1.jsonl", sample_responses,
+                                 start.held_out, policy, start, hot))
+        answers = owner.once(here / "eval.jsonl", answer, start.held_out, ys, policy, start, s,
+                             judge)
         duels = owner.once(here / "duels.jsonl", duel.judge_duels, answers,
                            duel.opponents(start.run.folder, here, s), judge)
         metrics = evaluation(answers, duels)
@@ -231,22 +229,20 @@ def evaluate(run, here, policy, start, s):
     start.forget_scores(here)
 
 
-def answer(records, policy, start, s, judge):
-    """The rows of eval.jsonl: a fresh answer to each held-out prompt, judged beside the data's
-    responses; log-probs of all under this and the start policy. Where it is cheap, an answer at
-    temperature 1 too, judged likewise."""
+def answer(records, ys, policy, start, s, judge):
+    """The rows of eval.jsonl: the policy's answer to each held-out prompt, judged beside the data's
+    responses; log-probs of all under this and the start policy. ys: the rows of answers.jsonl, and
+    where it is cheap those of an answer at temperature 1, judged likewise."""
     records, chat = list(records), start.chat
-    s = replace(s, iteration="eval", responses_per_prompt=1)  # one random stream for all policies
-    own = [row["samples"][0] for row in sample_responses(records, policy, start, s)]
+    own, *at_1 = [[rows.of(record["prompt_id"])["samples"][0] for record in records] for rows in ys]
     trees = [data.Tree(prompt, [*responses, y["ids"]], 0, 1, [2]) for (_, prompt, responses), y in
              zip(data.encode(records, chat, s.max_prompt_length, s.max_length), own)]
     prompts, ids = [r["prompt"] for r in records], [r["prompt_id"] for r in records]
     texts = [[chat.text(response) for response in tree.responses] for tree in trees]
     # Scores of PairRM compare within one list: every iteration must meet the same opponents.
     scores, hot = judge(prompts, texts, ids), [{}] * len(own)
-    if start.also_samples(s.temperature):
-        rows = sample_responses(records, policy, start, replace(s, temperature=1.0))
-        lists = [[*given, row["samples"][0]["text"]] for row, (*given, _) in zip(rows, texts)]
+    for other in at_1:
+        lists = [[*given, y["text"]] for y, (*given, _) in zip(other, texts)]
         hot = [{"response_at_temperature_1": y, "score_at_temperature_1": score}
                for (*_, y), (*_, score) in zip(lists, judge(prompts, lists, ids))]
     policy_logps, start_logps = (logps_of(path, trees, s) for path in (policy, start.policy))

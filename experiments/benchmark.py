@@ -948,7 +948,7 @@ def worker_data(settings):
     samples = timed("sample", lambda: run.once(
         here / "samples.jsonl", train_loop.sample_responses, records, str(folder), start, s))
     pairs = timed("rank", lambda: run.once(
-        here / "pairs.jsonl", train_loop.rank_candidates, records, samples, start, s))
+        here / "pairs.jsonl", train_loop.rank_candidates, records, [samples], start, s))
     timed("count", lambda: evaluate.ranking(pairs, s.max_new_tokens))
     training_set = train_loop.TrainingSet(pairs, str(folder), s)
     timed("plan", lambda: training_set.epochs)

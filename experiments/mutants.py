@@ -133,6 +133,9 @@ MUTANTS = [
     ("portions are disjoint by id, not by content", "harness/rows.py",
      'return tuple((turn["role"], turn["content"].strip()) for turn in record["prompt"])',
      'return record["prompt_id"]', DATA),
+    ("a response is tokenised by itself", "harness/template.py",
+     "return prompt[max(0, prompt.rfind(self.border)) if self.border else 0:]", 'return ""',
+     "tests/test_templates.py"),
 
     # --- model.py: the packed forward pass ------------------------------------------------------
     ("a response sees what follows", "model.py", "causal_lower_right if window is None",
@@ -187,6 +190,8 @@ MUTANTS = [
      " and len(ended) < 2 * AHEAD * slots", "", SAMPLE),
     ("a response is handed out twice", "sample.py", "yield ended.pop(due)", "yield ended[due]",
      SAMPLE),
+    ("slots are refilled by the tokens of all responses", "sample.py",
+     "tokens_sampled / max(count, 1)", "tokens_sampled", SAMPLE),
     ("a prompt's cache begins one position late", "sample.py",
      "positions = torch.arange(length, device=model.device).expand(len(rows), -1)",
      "positions = torch.arange(1, length + 1, device=model.device).expand(len(rows), -1)", SAMPLE),
@@ -229,8 +234,11 @@ MUTANTS = [
      'row["sampled"] = [policy]', "tests/test_xpo.py"),
     ("XPO's tie goes to the first model", "rank.py", "lost = scores[policy] < scores[reference]",
      "lost = scores[policy] <= scores[reference]", "tests/test_xpo.py"),
-    ("XPO's two samples change places", "train_loop.py", 'zip(("policy", "reference"), ys)',
-     'zip(("reference", "policy"), ys)', "tests/test_xpo.py"),
+    ("XPO's two samples change places", "train_loop.py", 'zip(("policy", "reference"), (y',
+     'zip(("reference", "policy"), (y', "tests/test_xpo.py"),
+    ("XPO's second sample is the policy's, too", "train_loop.py",
+     '"reference_samples.jsonl", draw, portion, start.policy,',
+     '"reference_samples.jsonl", draw, portion, policy,', "tests/test_xpo.py"),
     ("roles are swapped where they are picked", "train_loop.py",
      "return logps[chosen], logps[rejected], sampled",
      "return logps[rejected], logps[chosen], sampled", BOOK),
@@ -260,7 +268,7 @@ MUTANTS = [
      'stream(s.seed, s.iteration, record["prompt_id"], j)', "stream(s.seed, s.iteration, j)", LOOP
      + "::test_prompts_and_iterations_have_random_streams_of_their_own"),
     ("y may be longer than its prompt leaves room for", "train_loop.py",
-     "limit = min(s.max_new_tokens, s.max_length - len(ids))", "limit = s.max_new_tokens", LOOP
+     "limit = min(s.max_new_tokens, room)", "limit = s.max_new_tokens", LOOP
      + "::test_the_samplers_limit_is_what_the_prompt_leaves"),
     ("equal pairs lose their optimism term", "train_loop.py",
      'and (row["chosen"] != row["rejected"] or self.s.alpha > 0)]',

@@ -43,11 +43,9 @@ def samples(records, policy, start, s):
 
 def wanted(records, chat, s):
     """The rows of prompts.jsonl."""
-    prompts = chat.prompts_ids([record["prompt"] for record in records])
-    for record, ids in zip(records, prompts):
-        ids = data.cut_prompt(ids, s.max_prompt_length, chat.bos_id)
+    for record, ids, room in data.encode_prompts(records, chat, s.max_prompt_length, s.max_length):
         yield {"prompt_id": record["prompt_id"], "prompt": record["prompt"], "prompt_ids": ids,
-               "max_new_tokens": min(s.max_new_tokens, s.max_length - len(ids))}
+               "max_new_tokens": min(s.max_new_tokens, room)}
 
 
 def ask_for(source, policy, start, s):

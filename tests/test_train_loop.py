@@ -434,12 +434,12 @@ def fake_start(tmp_path, judge):
 def rank_one(tmp_path, y_ids, judge, **changes):
     """The row of pairs.jsonl of one prompt whose sample has these ids."""
     start, chat = fake_start(tmp_path, judge)
-    s = SimpleNamespace(**(dict(max_prompt_length=24, max_length=40, responses_per_prompt=1,
-                                pairs="data") | changes))
+    s = SimpleNamespace(**(dict(max_prompt_length=24, max_length=40, responses_per_prompt=1)
+                           | changes))
     write_jsonl(tmp_path / "samples.jsonl", [{"prompt_id": "a", "samples": [{"ids": y_ids}]}])
     record = {"prompt_id": "a", "prompt": [{"role": "user", "content": "hello"}],
               "data_chosen": "the cat sat on the mat and looked", "data_rejected": "moon"}
-    [row] = train_loop.rank_candidates([record], Rows(tmp_path / "samples.jsonl"), start, s)
+    [row] = train_loop.rank_candidates([record], [Rows(tmp_path / "samples.jsonl")], start, s)
     return row, chat
 
 
@@ -708,6 +708,32 @@ def test_a_killed_sampling_phase_keeps_what_was_finished(command, tmp_path, monk
     train_loop.main(again)
     expected, got = files_of(tmp_path / "run"), files_of(tmp_path / "killed")
     assert [name for name in expected if got[name] != expected[name]] == []
+
+
+def test_a_judge_that_fails_in_the_evaluation_loses_no_answer(command, tmp_path, monkeypatch):
+    """Held-out prompts that are answered once more at every try; other answers at the second."""
+    command += ["--iterations", "1"]
+    train_loop.main(command)
+    again, step = [a.replace("/run", "/failed") for a in command], prepare.sample.step
+
+    def fails(*_):
+        raise ValueError("the judge is tired")
+        yield
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="tired"):
+        patch.setattr(train_loop, "answer", fails)
+        train_loop.main(again)
+    sampled = []
+    monkeypatch.setattr(prepare.sample, "step", lambda model, cache, live: (
+        sampled.extend(live) or step(model, cache, live)))
+    train_loop.main(again)
+    others = [y["ids"] for name in ("iter_1/samples.jsonl", "iter_1/answers.jsonl")
+              for row in rows(tmp_path / "run" / name) for y in row["samples"]]
+    checked = len(sampled) - sum(map(len, others))  # by the check of the sampler, before the run
+    expected, got = files_of(tmp_path / "run"), files_of(tmp_path / "failed")
+    assert [name for name in expected if got[name] != expected[name]] == []
+    sampled.clear()
+    train_loop.main(again)
+    assert len(sampled) == checked
 
 
 def test_a_data_file_that_lost_a_row_is_refused_before_anything_is_joined(command, tmp_path):

@@ -58,10 +58,11 @@ def test_the_loop_is_xpo_as_a_plain_loop_computes_it(run):
     initial, tokenizer, portions, folder = run
     policy, ties, lost = copy.deepcopy(initial), 0, 0
     for k, portion in enumerate(portions, 1):
-        samples, examples = rundir.Rows(folder / f"iter_{k}/samples.jsonl"), []
+        examples, samples = [], [rundir.Rows(folder / f"iter_{k}/{name}.jsonl")
+                                 for name in ("samples", "reference_samples")]
         for record in portion:
             prompt, *_ = textbook.tokenise(tokenizer, record)
-            ours, its = (y["ids"] for y in samples.of(record["prompt_id"])["samples"])
+            ours, its = (rows.of(record["prompt_id"])["samples"][0]["ids"] for rows in samples)
             [[score, its_score]] = judge(None, [tokenizer.batch_decode(
                 [ours, its], skip_special_tokens=True)])
             ties, lost = ties + (score == its_score), lost + (score < its_score)
@@ -95,16 +96,18 @@ def test_the_second_sample_is_the_first_models_in_every_iteration(run):
     initial, tokenizer, portions, folder = run
     chat = template.ChatFormat(tokenizer)
     policy = train_loop.weights.load_model(folder / "iter_1/policy")
-    rows = list(rundir.Rows(folder / "iter_2/samples.jsonl"))
     prompts = [chat.prompt_ids(record["prompt"]) for record in portions[1]]
     ids = [record["prompt_id"] for record in portions[1]]
-    for place, model, iteration in ((0, policy, 2), (1, initial, "2, reference")):
+    sampled = lambda k, name: [row["samples"][0]["ids"] for row in rundir.Rows(
+        folder / f"iter_{k}/{name}.jsonl")]
+    for name, model, iteration in (("samples", policy, 2),
+                                   ("reference_samples", initial, "2, reference")):
         seeds = [settings.stream(0, iteration, prompt_id, 0) for prompt_id in ids]
         again = prepare.sample.generate(model, prompts, stop_ids=chat.stop_ids, max_new_tokens=8,
                                         temperature=1.0, seeds=seeds, progress=False)
-        assert [row["samples"][place]["ids"] for row in rows] == again
-    first = rundir.Rows(folder / "iter_1/samples.jsonl")  # there both are the same model
-    assert sum(a["ids"] == b["ids"] for a, b in (row["samples"] for row in first)) < 6
+        assert sampled(2, name) == again
+    first = zip(sampled(1, "samples"), sampled(1, "reference_samples"))  # of the same model
+    assert sum(a == b for a, b in first) < 6
 
 
 @pytest.mark.parametrize("scores, chosen", [([1.0, 0.0], 0), ([0.0, 1.0], 1), ([0.5, 0.5], 0)])
