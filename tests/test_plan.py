@@ -39,7 +39,7 @@ def read(shape, extra):
     LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden,
                 num_hidden_layers=layers, num_attention_heads=8,
                 num_key_value_heads=4).save_pretrained(folder)
-    return settings.read(["--model", folder, "--data", "x", "--ranker", "human", "--device", "cpu",
+    return settings.read(["--model", folder, "--data", "x", "--ranker", "j.py:f", "--device", "cpu",
                           "--max-length", "128", "--max-prompt-length", "64", "--batch-size", "2",
                           "--eval-prompts", "0", "--slots", "8", *extra]).at(1)
 
@@ -51,9 +51,7 @@ def serve(s):
         pass
 """
 
-# What torch's profiler counts of a forward and backward pass, a forward pass, and sampling; each
-# beside what is planned.
-COUNT = BEGIN + """
+BEGIN += """
 from torch.profiler import ProfilerActivity, profile
 
 def peak(work):
@@ -65,7 +63,11 @@ def peak(work):
         now += event.nbytes()
         most = max(most, now)
     return most
+"""
 
+# What torch's profiler counts of a forward and backward pass, a forward pass, and sampling; each
+# beside what is planned.
+COUNT = BEGIN + """
 for flags in json.loads(sys.argv[1]):
     s = read((128, 3, 1000), ["--tokens-per-forward", "512", *flags])
     passes = plan.passes(s.model, s.compute, plan.micro_batch(s), False)
@@ -87,15 +89,8 @@ print(json.dumps([peak(lambda: serve(s)), sum(plan.sampling(
 FLAGS = [["--lora-rank", "8"], ["--gradient-checkpointing"], ["--plain-rows"],
          ["--lora-rank", "8", "--gradient-checkpointing"], []]
 
-# What the system counts. train: two updates of two micro-batches with train_loop.train itself.
-# Every size is measured in a fork that has loaded the libraries: they are no part of the plan.
-# (Pages of a library's file do not come along into a fork, hence RssAnon.)
-MEASURE = BEGIN + """
-weights.keep_freed_memory()
-
-def resident(field):
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if field in l) * 1024
-
+# Two updates of two micro-batches with train_loop.train itself.
+BEGIN += """
 class Reference(dict):
     of = dict.get
 
@@ -114,6 +109,15 @@ def train(s):
 weights.load_model = load_model
 weights.save_policy = lambda *_: None
 weights.stored_dtype = lambda _: torch.float32
+"""
+
+# What the system counts. Every size is measured in a fork that has loaded the libraries: they are
+# no part of the plan. (Pages of a library's file do not come along into a fork, hence RssAnon.)
+MEASURE = BEGIN + """
+weights.keep_freed_memory()
+
+def resident(field):
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if field in l) * 1024
 
 phase, sizes = sys.argv[1], json.loads(sys.argv[2])
 work = {"training": train, "sampling": serve}[phase]
@@ -136,11 +140,20 @@ SIZES = {"training": [((256, 12, 4000), []), ((384, 10, 4000), []), ((512, 8, 40
                       ((512, 4, 32000), ["--max-prompt-length", "200", "--max-length", "256"])]}
 
 
-def lines_of(script, tmp_path, *arguments):
+# What the profiler counts of a training under FSDP2, in each process.
+SHARED = BEGIN + """
+scale.start("cpu")
+s = read((384, 10, 4000), ["--tokens-per-forward", "256", "--batch-size", "4"])
+print(json.dumps([peak(lambda: train(s)), plan.phases(s)["training"].device / (1 + plan.HOLES)]))
+"""
+
+
+def lines_of(script, tmp_path, *arguments, processes=1):
     path = tmp_path / "script.py"
     path.write_text(script.replace("{root!r}", repr(str(ROOT))))
-    result = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True,
-                            timeout=240)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] * (processes - 1)
+    result = subprocess.run([sys.executable, *launcher, str(path), *arguments], timeout=240,
+                            capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
 
@@ -162,6 +175,14 @@ def test_the_planned_peak_is_that_of_real_runs_within_15_percent(phase, tmp_path
     found = lines_of(MEASURE, tmp_path, phase, json.dumps(SIZES[phase]))
     for size, (measured, planned) in zip(SIZES[phase], found, strict=True):
         assert planned == pytest.approx(measured, rel=0.15), size
+
+
+def test_the_plan_for_two_processes_is_what_the_fuller_one_holds_within_20_percent(tmp_path):
+    """Weights, gradient or moments that every process is planned to hold whole; a layer at work
+    that is forgotten. (How many layers FSDP2 has at work differs from run to run: the plan was
+    0.91 to 1.18 times what the fuller process held, four shapes.)"""
+    (one, planned), (other, _) = lines_of(SHARED, tmp_path, processes=2)
+    assert planned == pytest.approx(max(one, other), rel=0.2)
 
 
 def recipe(tmp_path, *flags):
