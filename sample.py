@@ -240,17 +240,16 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
     waiting = longest_last(coming, AHEAD * slots)
     slots = min(slots, len(waiting))
     cache = SlotCache(slots, context_length(model.config))
-    live, ended, due, was_training = [], {}, 0, model.training
-    tokens_sampled, count = 0, 0  # of all responses; and how many of these have ended
+    live, ended, due, sampled, was_training = [], {}, 0, 0, model.training
     model.eval()
     try:
         with packed_linears(model), tqdm(total=expected or None, desc="sample", unit="response",
                                          leave=False, disable=expected is None) as bar:
             while waiting or live:
                 free = min(slots - len(live), len(waiting))
+                enough = worth_a_prefill(slots, sampled / max(due + len(ended), 1))
                 # Not too far ahead of one that takes long: nobody can have what has ended since.
-                enough = min(worth_a_prefill(slots, tokens_sampled / max(count, 1)), len(waiting))
-                if free >= enough > 0 and len(ended) < 2 * AHEAD * slots:
+                if free >= min(enough, len(waiting)) > 0 and len(ended) < 2 * AHEAD * slots:
                     taken = [waiting.pop() for _ in range(free)]
                     prefill(model, cache, [slot.prompt for slot in taken], len(live))
                     live += taken
@@ -258,10 +257,9 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
                 lm_logits = step(model, cache, live)  # (n, V)
                 uniforms = [slot.uniforms.random() for slot in live] if temperature else None
                 tokens = pick_tokens(lm_logits, uniforms, temperature, top_p).tolist()
-                tokens_sampled += len(live)
+                sampled += len(live)
                 for slot in advance(live, cache, tokens, stop_ids):
                     ended[slot.index] = slot.response
-                    count += 1
                     bar.update()
                 while due in ended and (waiting or live):
                     yield ended.pop(due)
@@ -274,8 +272,8 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
 def worth_a_prefill(slots, length):
     """How many slots must be free to refill them. A prefill costs about one step, however few
     prompts are in it; a free slot wastes 1/slots of each step; slots / L of them end in a step (L:
-    the mean length of a response). Until k are free, a prompt costs 1/k of a prefill and
-    k L / (2 slots^2) steps of idling: least at k = slots * sqrt(2 / L)."""
+    the length of a response, of which the mean so far is known). Until k are free, a prompt costs
+    1/k of a prefill and k L / (2 slots^2) steps of idling: least at k = slots * sqrt(2 / L)."""
     return max(1, min(slots, round(slots * (2 / max(length, 1)) ** 0.5)))
 
 

@@ -191,7 +191,7 @@ MUTANTS = [
     ("a response is handed out twice", "sample.py", "yield ended.pop(due)", "yield ended[due]",
      SAMPLE),
     ("slots are refilled by the tokens of all responses", "sample.py",
-     "tokens_sampled / max(count, 1)", "tokens_sampled", SAMPLE),
+     "sampled / max(due + len(ended), 1)", "sampled", SAMPLE),
     ("a prompt's cache begins one position late", "sample.py",
      "positions = torch.arange(length, device=model.device).expand(len(rows), -1)",
      "positions = torch.arange(1, length + 1, device=model.device).expand(len(rows), -1)", SAMPLE),
