@@ -12,7 +12,7 @@ one token of one response, '.' is work on a row that has long ended):
 SELM samples one response for each of thousands of prompts, and their lengths differ tenfold, so:
 
   - A SLOT is one row of the KV cache. When its response ends it takes the next prompt, as soon as
-    enough slots are free to be worth a prefill (of 16 one or two; see `worth_a_prefill`).
+    enough slots are free to be worth a prefill (of 16 one to eight: `worth_a_prefill`).
   - Live slots are always the first n rows: when a slot ends and no prompt waits, the last row moves
     into the hole. Every step computes n rows and no dead one, also in the tail.
   - Each slot is at its own position, so nothing is padded to the left. `SlotCache` writes each
@@ -273,8 +273,9 @@ def worth_a_prefill(slots, length):
     """How many slots must be free to refill them. A prefill costs about one step, however few
     prompts are in it; a free slot wastes 1/slots of each step; slots / L of them end in a step (L:
     the length of a response, of which the mean so far is known). Until k are free, a prompt costs
-    1/k of a prefill and k L / (2 slots^2) steps of idling: least at k = slots * sqrt(2 / L)."""
-    return max(1, min(slots, round(slots * (2 / max(length, 1)) ** 0.5)))
+    1/k of a prefill and k L / (2 slots^2) steps of idling: least at k = slots * sqrt(2 / L). But
+    never more than half of them, or all would wait for the few that take long."""
+    return max(1, min(slots // 2, round(slots * (2 / max(length, 1)) ** 0.5)))
 
 
 def longest_last(coming, count):

@@ -118,7 +118,7 @@ def requests(records, chat, s):
 
 def rank_candidates(records, samples, start, s):
     """Best and worst of {y, y_w, y_l}, says the judge: the rows of pairs.jsonl. Without samples the
-    data's own pair is the pair. samples: the rows of samples.jsonl; XPO's of both models."""
+    data's own pair is the pair. samples: [Rows of samples.jsonl], and of XPO's second one."""
     judge = start.judging(samples[0].path.parent)
     for chunk in chunks(records, CHUNK):
         rows = [data.make_row(record, prompt, named(responses, record["prompt_id"], samples),

@@ -134,7 +134,7 @@ MUTANTS = [
      'return tuple((turn["role"], turn["content"].strip()) for turn in record["prompt"])',
      'return record["prompt_id"]', DATA),
     ("a response is tokenised by itself", "harness/template.py",
-     "return prompt[max(0, prompt.rfind(self.border)) if self.border else 0:]", 'return ""',
+     "return prompt[max(0, prompt.rfind(self.opener)) if self.opener else 0:]", 'return ""',
      "tests/test_templates.py"),
 
     # --- model.py: the packed forward pass ------------------------------------------------------
@@ -192,6 +192,8 @@ MUTANTS = [
      SAMPLE),
     ("slots are refilled by the tokens of all responses", "sample.py",
      "sampled / max(due + len(ended), 1)", "sampled", SAMPLE),
+    ("most slots wait for a few slow responses", "sample.py", "min(slots // 2, round",
+     "min(slots, round", SAMPLE),
     ("a prompt's cache begins one position late", "sample.py",
      "positions = torch.arange(length, device=model.device).expand(len(rows), -1)",
      "positions = torch.arange(1, length + 1, device=model.device).expand(len(rows), -1)", SAMPLE),

@@ -25,6 +25,7 @@ import urllib.request
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -43,7 +44,7 @@ from harness.scale import PROCESSES, say
 
 CARDS, ROOM = (24, 48, 80, 141), 0.92  # GB of the usual cards; the share that a run may fill
 # glibc's heap keeps holes between blocks: 5 to 15 % of what is alive in runs on a CPU. (With LoRA
-# 30 to 110 %: its many short-lived sums leave them between activations that stay.)
+# 40 to 130 %: its many short-lived sums leave them between activations that stay.)
 HOLES = 0.08
 
 # ----------------------------------------------------------------------------------------------
@@ -151,16 +152,22 @@ def trees_of(count, prompt, responses):
     return [data.Tree([3] * prompt, [[3] * n for n in responses], 0, 1, [])] * count
 
 
+class SamplingNeeds(NamedTuple):
+    """Bytes."""
+    weights: int
+    copies: int  # of the weights (sample.packed_linears)
+    slots: int  # keys and values when all slots are full
+    rest: int  # at the peak of filling every slot, its last step, and filling all again
+
+
 @functools.cache
 def sampling(path, compute, lengths, slots):
-    """Bytes of the weights, of their copies (sample.packed_linears), of the KV slots when all are
-    full, and of the rest at the peak of filling every slot, its last step, and filling all again.
-    lengths: tokens of a prompt, of prompt + response."""
+    """SamplingNeeds. lengths: tokens of a prompt, of prompt + response."""
     dtype = torch.bfloat16 if compute.dtype == "bf16" else torch.float32
     prompt, longest = lengths
     with counting(compute.device) as live, torch.no_grad():
-        model, cache = weights.empty_model(path, compute.attention, dtype), sample.SlotCache(
-            slots, longest)
+        model = weights.empty_model(path, compute.attention, dtype)
+        cache = sample.SlotCache(slots, sample.context_length(model.config))
         kept = live.peak = live.now
         sample.prefill(model, cache, [[3] * prompt] * slots, 0)
         last = sample.Slot(0, [], 3, longest - 1, 1, random.Random(0))
@@ -170,7 +177,7 @@ def sampling(path, compute, lengths, slots):
         slots_full = sum(x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values))
     copied = compute.device == "cpu" and compute.dtype == "fp32"
     copies = sum(4 * m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear)
-    return kept, copies * copied, slots_full, live.peak - kept - slots_full
+    return SamplingNeeds(kept, copies * copied, slots_full, live.peak - kept - slots_full)
 
 
 @functools.cache
@@ -254,15 +261,14 @@ def _phases(s, processes):
         whole = processes == 1  # weights and gradient stay on the device for a whole update
         host = max(2 * host, 4 * n + 12 * m)
         share = dict(weights=c * n * whole, gradient=4 * m * whole)
-    kept, copies, cache, samples = sampling(
-        s.model, s.compute, (s.max_prompt_length, s.max_length), s.slots)
+    y = sampling(s.model, s.compute, (s.max_prompt_length, s.max_length), s.slots)
     # Loaded once to sample, and kept while the judge works: the policy, and the start beside it.
-    kept *= 2 if s.eval_prompts or s.pairs == "reference" else 1
+    kept = y.weights * (2 if s.eval_prompts or s.pairs == "reference" else 1)
     judge, judged = judging(s.ranker, s.device)
     table = {"training": Phase(**share, activations=p.backward, other=work + judge, host=host),
              "reference": Phase(share["weights"], activations=p.forward,
                                 other=c * (p.rest + 3 * p.largest) * sharded + judge, host=4 * n),
-             "sampling": Phase(kept + copies, activations=samples, other=cache + judge),
+             "sampling": Phase(kept + y.copies, activations=y.rest, other=y.slots + judge),
              "ranking": Phase(kept, activations=judged, other=judge)}
     if s.device == "cpu":
         table = {name: replace(phase, other=phase.other + HOLES * phase.device)
@@ -376,7 +382,7 @@ def find_config(path):
 def notes(s, processes):
     """Of what the table adds up, and on which cards it fits."""
     vocabulary = weights.load_config(s.model).vocab_size
-    cache = sampling(s.model, s.compute, (s.max_prompt_length, s.max_length), s.slots)[2]
+    cache = sampling(s.model, s.compute, (s.max_prompt_length, s.max_length), s.slots).slots
     other = replace(s, gradient_checkpointing=not s.gradient_checkpointing)
     flag = f"--{'no-' * s.gradient_checkpointing}gradient-checkpointing"
     yield (f"in it: {s.slots} KV slots {cache / 1e9:.2f}, log-prob chunk "

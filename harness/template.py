@@ -48,7 +48,8 @@ class ChatFormat:
                  if token.content.strip() not in ("", "<think>", "</think>")}  # "": runs of spaces
         self.marks = set(added)  # <|im_end|>, <|channel|>, ...
         self.hidden = {i for i, token in added.items() if token.special}
-        self.borders = {i: token.content for i, token in added.items() if not token.normalized}
+        # At these a tokenizer takes a text apart before all else.
+        self.openers = {i: token.content for i, token in added.items() if not token.normalized}
         try:
             self._read_template()
         except ValueError as reason:
@@ -75,13 +76,13 @@ class ChatFormat:
     def responses_ids(self, pairs):
         """(messages, response text) pairs -> lists of ids that end with the end token, once.
 
-        DEVIATION: tokenised behind the prompt, which is then cut off, not by themselves.
+        DEVIATION: tokenised behind the prompt's end, which is then cut off, not by themselves.
         SentencePiece would otherwise put a space before the first word that the policy never
         samples there, and the data's responses would look unlikely for no reason.
         """
-        prompts, rows = {}, []  # by identity: the responses to one prompt come with one list
+        pairs, prompts, rows = list(pairs), {}, []
         for messages, text in pairs:
-            if id(messages) not in prompts:
+            if id(messages) not in prompts:  # responses to one prompt come with one list
                 prompts[id(messages)] = self._apply(messages, add_generation_prompt=True)
             prompt = prompts[id(messages)]
             rows.append((self._header(prompt), self._response(prompt, messages, text)))
@@ -92,9 +93,9 @@ class ChatFormat:
                 else self._apart(response) for ids, (header, response) in zip(finished, rows)]
 
     def _header(self, prompt):
-        """The end of a prompt, from a special token on. A tokenizer takes a text apart at these
-        before all else, so what stands before one has no say in the ids behind it."""
-        return prompt[max(0, prompt.rfind(self.border)) if self.border else 0:]
+        """The end of a prompt, from the token on that opens the assistant's header: what stands
+        before that has no say in the ids behind it."""
+        return prompt[max(0, prompt.rfind(self.opener)) if self.opener else 0:]
 
     def _apart(self, response):
         """A token has grown over the border (the header ends with a newline and the text begins
@@ -182,8 +183,8 @@ class ChatFormat:
         self.end = self.tokenizer.convert_ids_to_tokens(self.end_id)
         self.tail, self.added_end = after.partition(self.end)[0], "" if end_ids else self.end
         opening = [k for k, i in enumerate(lead_ids, 1) if i in self.marks]
-        borders = [self.borders[i] for i in ids if i in self.borders]
-        self.border = next((token for token in reversed(borders) if token in prompt), None)
+        openers = [self.openers[i] for i in ids if i in self.openers]
+        self.opener = next((token for token in reversed(openers) if token in prompt), None)
         self.channel = lead_ids[:opening[-1]] if opening else []  # <|channel|>final<|message|>
         self.lead_text = self._decode(lead_ids)
         # Zephyr's template has no BOS, but its tokenizer begins every text with one: the authors'

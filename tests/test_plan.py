@@ -13,7 +13,7 @@ import train_loop
 from conftest import ROOT
 from harness import command, plan, settings
 
-# What both scripts below begin with: a model of random weights, and settings that run it.
+# What the three scripts below begin with: a model of random weights, and settings that run it.
 BEGIN = """
 import json, os, sys, tempfile
 from pathlib import Path
@@ -69,7 +69,7 @@ def peak(work):
 # beside what is planned.
 COUNT = BEGIN + """
 for flags in json.loads(sys.argv[1]):
-    s = read((128, 3, 1000), ["--tokens-per-forward", "512", *flags])
+    s = read((128, 3, 1000), ["--tokens-per-forward", "768", "--max-length", "192", *flags])
     passes = plan.passes(s.model, s.compute, plan.micro_batch(s), False)
     model = load_model(s.model, attention=s.compute.attention)
     if s.lora_rank:
@@ -218,7 +218,7 @@ def test_weights_gradient_and_moments_are_those_of_a_closed_form(tmp_path):
 def test_the_kv_slots_are_those_of_a_closed_form(tmp_path):
     """Keys without values, all heads where keys and values have fewer, slots that are half full."""
     s = recipe(tmp_path)
-    _, _, slots, _ = plan.sampling(s.model, s.compute, (512, 1024), 4)
+    slots = plan.sampling(s.model, s.compute, (512, 1024), 4).slots
     assert slots == 4 * 1024 * 2 * 8 * 2 * 32 * 2  # slots, tokens, k and v, layers, heads, D, bytes
 
 

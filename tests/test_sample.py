@@ -123,6 +123,23 @@ def test_slots_are_refilled_by_how_long_responses_are_not_by_how_long_they_may_b
     assert by_mean < 0.93 * by_limit
 
 
+def test_most_slots_never_wait_for_a_few_slow_responses(monkeypatch):
+    """Where nearly all responses end at once, a prefill seems to be worth all slots: whole batches,
+    each as slow as its slowest."""
+    model, passes = make_model(), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **kw: passes.append(1) or forward(**kw))
+    limits = [60 if i % 40 == 0 else 1 for i in range(320)]
+
+    def count():
+        passes.clear()
+        ours(model, [[5, 6]] * 320, slots=8, max_new_tokens=limits, stop_ids=())
+        return len(passes)
+    by_mean = count()
+    monkeypatch.setattr(sample, "worth_a_prefill", lambda *_: 1)
+    assert by_mean < 1.1 * count()
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 def test_a_sample_depends_on_its_prompt_and_seed_only(top_p):
     """One generator for the whole batch: another number of slots would then give other samples."""
