@@ -71,8 +71,9 @@ def make_row(record, prompt_ids, responses, chat):
         sources.setdefault(tuple(ids), []).append(source)
     return {"prompt_id": record["prompt_id"], "prompt": record["prompt"],
             "prompt_ids": prompt_ids, "dropped": None, "candidates": [
-                {"sources": names, "text": chat.text(ids), "ids": list(ids),
-                 "finished": ids[-1] in chat.stop_ids} for ids, names in sources.items()]}
+                {"sources": sources[ids], "text": text, "ids": list(ids),
+                 "finished": ids[-1] in chat.stop_ids}
+                for ids, text in zip(sources, chat.texts(list(sources)))]}
 
 
 # ----------------------------------------------------------------------------------------------

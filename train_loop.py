@@ -238,7 +238,7 @@ def answer(records, ys, policy, start, s, judge):
     trees = [data.Tree(prompt, [*responses, y["ids"]], 0, 1, [2]) for (_, prompt, responses), y in
              zip(data.encode(records, chat, s.max_prompt_length, s.max_length), own)]
     prompts, ids = [r["prompt"] for r in records], [r["prompt_id"] for r in records]
-    texts = [[chat.text(response) for response in tree.responses] for tree in trees]
+    texts = [chat.texts(tree.responses) for tree in trees]
     # Scores of PairRM compare within one list: every iteration must meet the same opponents.
     scores, hot = judge(prompts, texts, ids), [{}] * len(own)
     for other in at_1:

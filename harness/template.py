@@ -13,7 +13,6 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
@@ -113,22 +112,35 @@ class ChatFormat:
             return_token_type_ids=False)["input_ids"]]
 
     def text(self, ids):
-        """What a judge reads of a response's ids, sampled or the data's, cut or whole: the answer
-        without what the template puts around it, without special tokens, without a thought."""
-        ended = bool(ids) and ids[-1] in self.stop_ids
-        ids, n = list(ids[:-1] if ended else ids), len(self.channel)
-        if n and self.channel[0] in ids:
-            starts = [i + n for i in range(len(ids) - n + 1) if ids[i:i + n] == self.channel]
-            if starts or ids[0] == self.channel[0]:  # another channel only: no answer yet
-                ids = ids[starts[-1]:] if starts else []
-        text = self._decode(ids).removeprefix(self.lead_text)
-        return strip_thought(text.removesuffix(self.tail) if ended else text)
+        return self.texts([ids])[0]
 
-    def _decode(self, ids):
-        # An array: transformers would look at the type of each element of a list, which takes
+    def texts(self, responses):
+        """What a judge reads of responses' ids, sampled or the data's, cut or whole: the answer
+        without what the template puts around it, without special tokens, without a thought."""
+        ended = [bool(ids) and ids[-1] in self.stop_ids for ids in responses]
+        answers = [self._answer(list(ids[:-1] if e else ids)) for ids, e in zip(responses, ended)]
+        texts = [text.removeprefix(self.lead_text) for text in self._decode(answers)]
+        return [strip_thought(text.removesuffix(self.tail) if e else text)
+                for text, e in zip(texts, ended)]
+
+    def _answer(self, ids):
+        """What stands behind the last header of the answer's channel, if the template has one."""
+        n = len(self.channel)
+        if not n or self.channel[0] not in ids:
+            return ids
+        starts = [i + n for i in range(len(ids) - n + 1) if ids[i:i + n] == self.channel]
+        if starts:
+            return ids[starts[-1]:]
+        return [] if ids[0] == self.channel[0] else ids  # another channel only: no answer yet
+
+    def _decode(self, rows):
+        rows = [ids if self.hidden.isdisjoint(ids) else [i for i in ids if i not in self.hidden]
+                for ids in rows]
+        # What transformers' decode calls, without its look at the type of every id, which takes
         # longer than to decode it.
-        shown = np.array([i for i in ids if i not in self.hidden], dtype=np.int64)
-        return self.tokenizer.decode(shown, clean_up_tokenization_spaces=False)
+        if backend := getattr(self.tokenizer, "backend_tokenizer", None):
+            return backend.decode_batch(rows, skip_special_tokens=False)
+        return [self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in rows]
 
     def render(self, messages, text):
         """(prompt, response) as the template writes them. ValueError, which is about this row,
@@ -186,7 +198,7 @@ class ChatFormat:
         openers = [self.openers[i] for i in ids if i in self.openers]
         self.opener = next((token for token in reversed(openers) if token in prompt), None)
         self.channel = lead_ids[:opening[-1]] if opening else []  # <|channel|>final<|message|>
-        self.lead_text = self._decode(lead_ids)
+        [self.lead_text] = self._decode([lead_ids])
         # Zephyr's template has no BOS, but its tokenizer begins every text with one: the authors'
         # code puts it before the prompt, and `apply_chat_template` alone never would.
         own = self.tokenizer("x")["input_ids"]

@@ -110,8 +110,8 @@ class Chat:
     def responses_ids(self, pairs):
         return [[*map(ord, text), 9] for _, text in pairs]
 
-    def text(self, ids):
-        return "".join(chr(i) for i in ids if i != 9)
+    def texts(self, responses):
+        return ["".join(chr(i) for i in ids if i != 9) for ids in responses]
 
 
 def test_prompts_are_cut_from_the_left_and_all_responses_from_the_right_by_one_rule():

@@ -369,7 +369,17 @@ def test_a_judge_reads_the_answer_without_what_the_template_puts_around_it(shape
     """A judge that scores a channel header, an empty thought, or the template's own spaces."""
     template, _, changed = SHAPES[shape]
     chat = ChatFormat(make(template))
-    assert chat.text(chat.response_ids([USER], text)) == changed(text)
+    ids = chat.response_ids([USER], text)
+    answers = chat.texts([ids, [], ids[:-1]])
+    assert answers[:2] == [changed(text), ""]
+
+    class Slow:  # a tokenizer in Python has no backend that would decode many at once
+        def __getattr__(self, name):
+            if name == "backend_tokenizer":
+                raise AttributeError(name)
+            return getattr(tokenizer, name)
+    tokenizer, chat.tokenizer = chat.tokenizer, Slow()
+    assert chat.texts([ids, [], ids[:-1]]) == answers
 
 
 def test_an_end_token_that_is_not_marked_as_special_ends_a_response_too():
