@@ -62,18 +62,24 @@ def cut_prompt(prompt_ids, max_prompt_length, bos_id=None):
     return bos + prompt_ids[over + len(bos):]
 
 
-def make_row(record, prompt_ids, responses, chat):
-    """A row of pairs.jsonl before the ranking: the DISTINCT responses of a prompt, each with all
-    its sources. responses: (source, ids) each; samples keep the ids that were sampled (their text
-    may be tokenised in several ways). What is judged is the text of these ids."""
-    sources = {}
-    for source, ids in responses:
-        sources.setdefault(tuple(ids), []).append(source)
-    return {"prompt_id": record["prompt_id"], "prompt": record["prompt"],
-            "prompt_ids": prompt_ids, "dropped": None, "candidates": [
-                {"sources": sources[ids], "text": text, "ids": list(ids),
-                 "finished": ids[-1] in chat.stop_ids}
-                for ids, text in zip(sources, chat.texts(list(sources)))]}
+def make_rows(answered, chat):
+    """Rows of pairs.jsonl before the ranking: the DISTINCT responses of a prompt, each with all its
+    sources. answered: (record, prompt ids, (source, ids) of each response) tuples; samples keep the
+    ids that were sampled (their text may be tokenised in several ways). What is judged is the text
+    of these ids."""
+    rows = []
+    for record, prompt_ids, responses in answered:
+        sources = {}
+        for source, ids in responses:
+            sources.setdefault(tuple(ids), []).append(source)
+        rows.append({"prompt_id": record["prompt_id"], "prompt": record["prompt"],
+                     "prompt_ids": prompt_ids, "dropped": None, "candidates": [
+                         {"sources": names, "text": None, "ids": list(ids),
+                          "finished": ids[-1] in chat.stop_ids} for ids, names in sources.items()]})
+    candidates = [candidate for row in rows for candidate in row["candidates"]]
+    for candidate, text in zip(candidates, chat.texts([c["ids"] for c in candidates])):
+        candidate["text"] = text
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------

@@ -121,10 +121,10 @@ def rank_candidates(records, samples, start, s):
     data's own pair is the pair. samples: [Rows of samples.jsonl], and of XPO's second one."""
     judge = start.judging(samples[0].path.parent)
     for chunk in chunks(records, CHUNK):
-        rows = [data.make_row(record, prompt, named(responses, record["prompt_id"], samples),
-                              start.chat)
-                for record, prompt, responses in data.encode(chunk, start.chat, s.max_prompt_length,
-                                                             s.max_length)]
+        rows = data.make_rows(
+            ((record, prompt, named(responses, record["prompt_id"], samples))
+             for record, prompt, responses in data.encode(chunk, start.chat, s.max_prompt_length,
+                                                          s.max_length)), start.chat)
         scores = [None] * len(rows)
         if s.responses_per_prompt:
             scores = judge([row["prompt"] for row in rows],

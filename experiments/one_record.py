@@ -46,8 +46,8 @@ def trace():
     [(_, prompt_ids, given)] = data.encode([record], chat, **LIMITS)
     [y] = sample.generate(lm, [prompt_ids], stop_ids=chat.stop_ids, max_new_tokens=8, slots=1,
                           seeds=[0], progress=False)
-    row = data.make_row(record, prompt_ids, [("data_chosen", given[0]), ("data_rejected", given[1]),
-                                             ("sampled", y)], chat)
+    responses = [("data_chosen", given[0]), ("data_rejected", given[1]), ("sampled", y)]
+    [row] = data.make_rows([(record, prompt_ids, responses)], chat)
     [scores] = toy.oracle()([row["prompt"]], [[c["text"] for c in row["candidates"]]])
     row = rank.give_roles(row, scores)
 
@@ -130,7 +130,7 @@ A slot of the sampler takes the prompt. Its last token, `{prompt.split()[-1]}`, 
 {len(row['prompt_ids']) - 1}; the likeliest next token (temperature 0) is picked, then fed at the position behind it, and so on until an end token:
 y = {y['ids']}, "{y['text']}". `samples.jsonl` keeps these ids.
 
-## 4. Candidates, scores, roles (`data.make_row`, `rank.give_roles`)
+## 4. Candidates, scores, roles (`data.make_rows`, `rank.give_roles`)
 
 One row of `pairs.jsonl` (without `prompt` and `dropped`). The candidates are the responses with DISTINCT
 ids; scores are the judge's; roles are indices into the candidates, all that the rest of the code uses:

@@ -134,12 +134,13 @@ def test_a_cut_prompt_keeps_its_bos(limit, left):
 def test_a_row_holds_distinct_responses_with_all_their_sources():
     """A third forward pass for a y that is the chosen text; a sample tokenised anew; a cut response
     that passes for a finished one."""
-    made = data.make_row(record("hi"), [5, 7], [
+    made, other = data.make_rows([(record("hi"), [5, 7], [
         ("data_chosen", [65, 66, 9]), ("data_rejected", [67, 68]), ("sampled", [65, 66, 9]),
-        ("sampled", [65])], Chat())
+        ("sampled", [65])]), (record("you"), [6], [("data_chosen", [69, 9])])], Chat())
     assert [(c["sources"], c["ids"], c["text"], c["finished"]) for c in made["candidates"]] == [
         (["data_chosen", "sampled"], [65, 66, 9], "AB", True),
         (["data_rejected"], [67, 68], "CD", False), (["sampled"], [65], "A", False)]
+    assert [c["text"] for c in other["candidates"]] == ["E"] and other["prompt_ids"] == [6]
     assert made["prompt_ids"] == [5, 7] and made["prompt_id"] == "hi 0" and not made["dropped"]
 
 
