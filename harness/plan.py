@@ -43,7 +43,7 @@ from harness.ends import one_line
 from harness.scale import PROCESSES, say
 
 CARDS, ROOM = (24, 48, 80, 141), 0.92  # GB of the usual cards; the share that a run may fill
-# glibc's heap keeps holes between blocks: 5 to 15 % of what is alive in runs on a CPU. (With LoRA
+# glibc's heap keeps holes between blocks: 4 to 11 % of what is alive in runs on a CPU. (With LoRA
 # 40 to 130 %: its many short-lived sums leave them between activations that stay.)
 HOLES = 0.08
 
