@@ -77,7 +77,7 @@ def make_rows(answered, chat):
                          {"sources": names, "text": None, "ids": list(ids),
                           "finished": ids[-1] in chat.stop_ids} for ids, names in sources.items()]})
     candidates = [candidate for row in rows for candidate in row["candidates"]]
-    for candidate, text in zip(candidates, chat.texts([c["ids"] for c in candidates])):
+    for candidate, text in zip(candidates, chat.texts([c["ids"] for c in candidates]), strict=True):
         candidate["text"] = text
     return rows
 

@@ -189,10 +189,7 @@ def packed_linears(model):
                 and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu"
                 and module.weight.dtype == torch.float32)
 
-    operators = ("_reorder_linear_weight", "_linear_pointwise")  # private: a later torch may differ
-    available = (torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
-                 and all(hasattr(torch.ops.mkldnn, name) for name in operators))
-    linears = [module for module in model.modules() if available and runs_on_mkl(module)]
+    linears = [module for module in model.modules() if can_pack() and runs_on_mkl(module)]
     try:
         for linear in linears:
             weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
@@ -202,6 +199,12 @@ def packed_linears(model):
     finally:
         for linear in linears:
             vars(linear).pop("forward", None)
+
+
+def can_pack():
+    operators = ("_reorder_linear_weight", "_linear_pointwise")  # private: a later torch may differ
+    return (torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+            and all(hasattr(torch.ops.mkldnn, name) for name in operators))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -272,9 +275,9 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
 def worth_a_prefill(slots, length):
     """How many slots must be free to refill them. A prefill costs about one step, however few
     prompts are in it; a free slot wastes 1/slots of each step; slots / L of them end in a step (L:
-    the length of a response, of which the mean so far is known). Until k are free, a prompt costs
-    1/k of a prefill and k L / (2 slots^2) steps of idling: least at k = slots * sqrt(2 / L). But
-    never more than half of them, or all would wait for the few that take long."""
+    the mean length so far, too high at first: it counts what is unfinished). Until k are free, a
+    prompt costs 1/k of a prefill and k L / (2 slots^2) steps of idling: least at
+    k = slots * sqrt(2 / L). Never more than half: all would wait for the few that take long."""
     return max(1, min(slots // 2, round(slots * (2 / max(length, 1)) ** 0.5)))
 
 

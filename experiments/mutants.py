@@ -134,7 +134,7 @@ MUTANTS = [
      'return tuple((turn["role"], turn["content"].strip()) for turn in record["prompt"])',
      'return record["prompt_id"]', DATA),
     ("a response is tokenised by itself", "harness/template.py",
-     "return prompt[max(0, prompt.rfind(self.opener)) if self.opener else 0:]", 'return ""',
+     "return prompt[max(0, prompt.rfind(self.cut)) if self.cut else 0:]", 'return ""',
      "tests/test_templates.py"),
 
     # --- model.py: the packed forward pass ------------------------------------------------------

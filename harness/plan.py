@@ -9,9 +9,9 @@ of model.py, selm.py and sample.py runs over fake tensors, which have shapes and
     N processes      the same / N, and the layers at work, whole (FSDP2)        each on its own
     --offload        cn weights   4m gradient on the device;   4n + 4m + 8m on the host
 
-What is counted is what torch's own profiler counts in a real pass, to 0.2 %. Not seen from here:
-CUDA's own memory and the holes between blocks (ROOM leaves 8 % of a card for both), the page cache,
-and what a judge of yours takes.
+What is counted is what torch's own profiler counts in a real pass, to 0.2 %. Not counted: CUDA's
+own memory and a GPU's holes between blocks (ROOM leaves 8 % of a card for both; on a CPU HOLES adds
+8 %), the buffers of NCCL or gloo, the page cache, and what a judge of yours takes.
 
 Test: pytest tests/test_plan.py.
 """
@@ -175,7 +175,7 @@ def sampling(path, compute, lengths, slots):
         sample.pick_tokens(lm_logits, [0.5] * slots, 1.0, 1.0)
         sample.prefill(model, cache, [[3] * prompt] * slots, 0)  # now beside a cache that has grown
         slots_full = sum(x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values))
-    copied = compute.device == "cpu" and compute.dtype == "fp32"
+    copied = compute.device == "cpu" and compute.dtype == "fp32" and sample.can_pack()
     copies = sum(4 * m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear)
     return SamplingNeeds(kept, copies * copied, slots_full, live.peak - kept - slots_full)
 

@@ -43,12 +43,14 @@ class ChatFormat:
         self.today = today or datetime.date.today()
         if "strftime_now" in tokenizer.chat_template:  # transformers asks the clock at each call
             chat_template_utils.datetime = SimpleNamespace(now=lambda: self.today)
+        # Tokens that shape a chat; not runs of spaces, nor <think>: strip_thought needs its text.
         added = {i: token for i, token in tokenizer.added_tokens_decoder.items()
                  if token.content.strip() not in ("", "<think>", "</think>")}  # "": runs of spaces
         self.marks = set(added)  # <|im_end|>, <|channel|>, ...
         self.hidden = {i for i, token in added.items() if token.special}
-        # At these a tokenizer takes a text apart before all else.
-        self.openers = {i: token.content for i, token in added.items() if not token.normalized}
+        # A tokenizer takes a text apart at these before all else: what stands before one has no say
+        # in the ids behind it.
+        self.cuts = {i: token.content for i, token in added.items() if not token.normalized}
         try:
             self._read_template()
         except ValueError as reason:
@@ -92,9 +94,9 @@ class ChatFormat:
                 else self._apart(response) for ids, (header, response) in zip(finished, rows)]
 
     def _header(self, prompt):
-        """The end of a prompt, from the token on that opens the assistant's header: what stands
-        before that has no say in the ids behind it."""
-        return prompt[max(0, prompt.rfind(self.opener)) if self.opener else 0:]
+        """The end of a prompt, all that a response's ids depend on: from its last such token on
+        (ChatML's <|im_start|>, Llama-3's <|end_header_id|>, Zephyr's </s> of the user's turn)."""
+        return prompt[max(0, prompt.rfind(self.cut)) if self.cut else 0:]
 
     def _apart(self, response):
         """A token has grown over the border (the header ends with a newline and the text begins
@@ -117,6 +119,7 @@ class ChatFormat:
     def texts(self, responses):
         """What a judge reads of responses' ids, sampled or the data's, cut or whole: the answer
         without what the template puts around it, without special tokens, without a thought."""
+        responses = list(responses)
         ended = [bool(ids) and ids[-1] in self.stop_ids for ids in responses]
         answers = [self._answer(list(ids[:-1] if e else ids)) for ids, e in zip(responses, ended)]
         texts = [text.removeprefix(self.lead_text) for text in self._decode(answers)]
@@ -195,8 +198,8 @@ class ChatFormat:
         self.end = self.tokenizer.convert_ids_to_tokens(self.end_id)
         self.tail, self.added_end = after.partition(self.end)[0], "" if end_ids else self.end
         opening = [k for k, i in enumerate(lead_ids, 1) if i in self.marks]
-        openers = [self.openers[i] for i in ids if i in self.openers]
-        self.opener = next((token for token in reversed(openers) if token in prompt), None)
+        cuts = [self.cuts[i] for i in ids if i in self.cuts]
+        self.cut = next((token for token in reversed(cuts) if token in prompt), None)
         self.channel = lead_ids[:opening[-1]] if opening else []  # <|channel|>final<|message|>
         [self.lead_text] = self._decode([lead_ids])
         # Zephyr's template has no BOS, but its tokenizer begins every text with one: the authors'
@@ -212,9 +215,11 @@ def strip_thought(text):
     if "<think>" not in text:
         return text
     # Behind the last end nothing can close: to search there for each <think> would take n^2.
-    end = text.rfind("</think>") + len("</think>") if "</think>" in text else 0
-    end += len(text[end:]) - len(text[end:].lstrip())
-    answer = re.sub(r"(\A\s*)?<think>.*?</think>\s*", "", text[:end], flags=re.DOTALL) + text[end:]
+    before, end, behind = text.rpartition("</think>")
+    answer = behind.lstrip() if end else behind
+    spaces = behind[:len(behind) - len(answer)]
+    answer = re.sub(r"(\A\s*)?<think>.*?</think>\s*", "", before + end + spaces,
+                    flags=re.DOTALL) + answer
     return "" if answer.lstrip().startswith("<think>") else answer
 
 

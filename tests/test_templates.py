@@ -249,7 +249,7 @@ def test_what_stands_before_the_header_has_no_say_in_a_responses_ids(split, kind
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
                                         chat_template=CHATML)
     chat = ChatFormat(tokenizer)
-    assert (chat.opener is None) == (kind == "normalized")
+    assert (chat.cut is None) == (kind == "normalized")
     for text in TEXTS:
         for messages in CONVERSATIONS.values():
             prompt, response = chat.render(messages, text)
