@@ -45,7 +45,7 @@ class ChatFormat:
             chat_template_utils.datetime = SimpleNamespace(now=lambda: self.today)
         # Tokens that shape a chat; not runs of spaces, nor <think>: strip_thought needs its text.
         added = {i: token for i, token in tokenizer.added_tokens_decoder.items()
-                 if token.content.strip() not in ("", "<think>", "</think>")}  # "": runs of spaces
+                 if token.content.strip() not in ("", "<think>", "</think>")}
         self.marks = set(added)  # <|im_end|>, <|channel|>, ...
         self.hidden = {i for i, token in added.items() if token.special}
         # A tokenizer takes a text apart at these before all else: what stands before one has no say
@@ -94,8 +94,8 @@ class ChatFormat:
                 else self._apart(response) for ids, (header, response) in zip(finished, rows)]
 
     def _header(self, prompt):
-        """The end of a prompt, all that a response's ids depend on: from its last such token on
-        (ChatML's <|im_start|>, Llama-3's <|end_header_id|>, Zephyr's </s> of the user's turn)."""
+        """The end of a prompt, all that a response's ids depend on: from the last token on at which
+        a tokenizer cuts (ChatML's <|im_start|>, Llama-3's <|end_header_id|>, Zephyr's </s>)."""
         return prompt[max(0, prompt.rfind(self.cut)) if self.cut else 0:]
 
     def _apart(self, response):
@@ -198,10 +198,10 @@ class ChatFormat:
         self.end = self.tokenizer.convert_ids_to_tokens(self.end_id)
         self.tail, self.added_end = after.partition(self.end)[0], "" if end_ids else self.end
         opening = [k for k, i in enumerate(lead_ids, 1) if i in self.marks]
-        cuts = [self.cuts[i] for i in ids if i in self.cuts]
-        self.cut = next((token for token in reversed(cuts) if token in prompt), None)
         self.channel = lead_ids[:opening[-1]] if opening else []  # <|channel|>final<|message|>
         [self.lead_text] = self._decode([lead_ids])
+        cuts = [self.cuts[i] for i in ids if i in self.cuts and self.cuts[i] in prompt]
+        self.cut = cuts[-1] if cuts else None
         # Zephyr's template has no BOS, but its tokenizer begins every text with one: the authors'
         # code puts it before the prompt, and `apply_chat_template` alone never would.
         own = self.tokenizer("x")["input_ids"]
