@@ -261,13 +261,15 @@ def digest(*parts):
 
 
 class Kept:
-    """A JSONL file of finished scores, of one process alone, read once. path: None keeps nothing
-    beyond this object. scores: question -> scores of its sorted distinct texts."""
+    """A JSONL file of finished scores, of one process alone, read once; and what the others have
+    left beside it, of which there may have been more. path: None keeps nothing beyond this object.
+    scores: question -> scores of its sorted distinct texts."""
 
     def __init__(self, path):
         self.path, self.scores = path and Path(path), {}
-        if self.path and self.path.exists():
-            for line in self.path.read_text("utf-8", errors="replace").split("\n"):
+        files = {self.path, *self.path.parent.glob("scores*.jsonl")} if self.path else ()
+        for file in (file for file in files if file.exists()):
+            for line in file.read_text("utf-8", errors="replace").split("\n"):
                 try:
                     row = json.loads(line)
                     if row.pop("check") == digest(row):

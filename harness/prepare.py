@@ -71,7 +71,8 @@ class Start:
 
     def forget_scores(self, here):
         """Once they are in pairs.jsonl and eval.jsonl."""
-        (here / f"scores{PROCESS}.jsonl").unlink(missing_ok=True)
+        for file in here.glob("scores*.jsonl"):
+            file.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ Test: pytest tests/test_rundir.py.
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from harness.scale import PROCESS, PROCESSES, checksum, only_first, raise_everywhere, say, told
@@ -153,6 +154,8 @@ class Run:
         if not told(PROCESS > 0 or self._whole(path, made_with)):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".jsonl":
+                if made_with is None:
+                    only_first(deal_again, path)
                 self._write_rows(path, phase, *args)
             else:
                 phase(path, *args)
@@ -256,6 +259,34 @@ class Run:
             for old in path.parent.glob(f"{path.name}.part*"):
                 old.unlink()
         only_first(weave)
+
+
+def deal_again(path):
+    """Rows that a phase had finished when it was killed under another number of processes become
+    the parts of this number, each as far as there is no gap."""
+    found = {}
+    for part in path.parent.glob(f"{path.name}.part*[0-9]"):
+        place, count = map(int, part.name.rpartition(".part")[2].split("of"))
+        found.setdefault(count, {})[place] = part
+    if PROCESSES in found or not found:
+        return
+    count, parts = found.popitem()
+    names = [path.with_name(f"{path.name}.part{p}of{PROCESSES}") for p in range(PROCESSES)]
+    with ExitStack() as stack:
+        old = {p: stack.enter_context(open(part, "rb")) for p, part in parts.items()}
+        new = {p: stack.enter_context(open(f"{name}.tmp", "wb")) for p, name in enumerate(names)}
+        for i in itertools.count():
+            line = old[i % count].readline() if i % count in old else b""
+            if not line.endswith(b"\n"):  # a gap: who has this row goes on from here
+                new.pop(i % PROCESSES, None)
+            elif i % PROCESSES in new:
+                new[i % PROCESSES].write(line)
+            if not new:
+                break
+    for name in names:
+        os.replace(f"{name}.tmp", name)
+    for part in parts.values():
+        part.unlink()
 
 
 class Share:

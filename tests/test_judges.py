@@ -271,6 +271,15 @@ def test_a_judge_that_fails_half_way_loses_nothing(counting, tmp_path):
     assert [row[::-1] for row in backwards[::-1]] == LENGTHS and asked() == ""
 
 
+def test_scores_that_other_processes_have_left_are_not_asked_for_again(counting, tmp_path):
+    """A judge that is paid by the question, on eight processes today and on four tomorrow."""
+    judge, asked = counting
+    judge(MESSAGES, CANDIDATES, "abc", tmp_path / "scores7.jsonl")
+    asked()
+    assert judge(MESSAGES, CANDIDATES, "abc", tmp_path / "scores0.jsonl") == LENGTHS
+    assert asked() == ""
+
+
 def test_finished_scores_belong_to_one_judge_id_prompt_and_texts(counting, make_judge, tmp_path):
     """Catches scores that are joined by position or by a prompt_id alone."""
     (judge, asked), kept = counting, tmp_path / "scores.jsonl"

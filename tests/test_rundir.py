@@ -1,5 +1,6 @@
 """Files of a run: whole, known by checksum, joined by id; whose folder is whose."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -69,6 +70,34 @@ def test_a_phase_that_is_killed_goes_on_behind_its_last_whole_row(tmp_path):
     calls.clear()
     Run(tmp_path).once(path, doubled, ITEMS, calls)
     assert calls == []
+
+
+@pytest.mark.parametrize("were, are, kept", [
+    (3, 1, 4), (3, 2, 5), (2, 3, 6), (1, 4, 7), (4, 3, 6)])
+def test_rows_of_another_number_of_processes_are_dealt_out_again(were, are, kept, tmp_path,
+                                                                 monkeypatch):
+    """A run that was killed on eight GPUs and goes on on four: an hour of sampling that is lost, or
+    rows that go to other prompts. Process 1 of those that were is behind the others."""
+    path, finished = tmp_path / "x.jsonl", 7
+    for p in range(were):
+        mine = range(p, 9, were)
+        mine = [i for i in mine if i < finished and not (p == 1 and i > 3)]
+        path.with_name(f"x.jsonl.part{p}of{were}").write_text("".join(
+            f'{{"prompt_id": "{i}"}}\n' for i in mine) + '{"prompt_id": "9')
+    monkeypatch.setattr(rundir, "PROCESSES", are)
+    rundir.deal_again(path)
+    found = [path.with_name(f"x.jsonl.part{p}of{are}").read_text() for p in range(are)]
+    assert sorted(tmp_path.iterdir()) == sorted(tmp_path.glob(f"x.jsonl.part*of{are}"))
+    gap = {i for i in range(9) if i >= finished or were > 1 and i % were == 1 and i > 3}
+    for p, text in enumerate(found):
+        expected = itertools.takewhile(lambda i: i not in gap, range(p, 9, are))
+        assert text == "".join(f'{{"prompt_id": "{i}"}}\n' for i in expected)
+    assert sum(text.count("\n") for text in found) == kept
+    monkeypatch.setattr(rundir, "PROCESSES", 9)
+    before = sorted(tmp_path.iterdir())
+    path.with_name("x.jsonl.part0of9").write_text("")
+    rundir.deal_again(path)  # what this number has done itself counts
+    assert sorted(tmp_path.iterdir()) == sorted([*before, path.with_name("x.jsonl.part0of9")])
 
 
 @pytest.mark.parametrize("damage", ["last line", "bit", "empty", "gone"])
