@@ -10,7 +10,8 @@ else is made. A phase that yields rows writes them as they come, so that one whi
 behind its last row; the file itself appears when it is whole.
 
 Under several processes each one writes the rows of items[PROCESS::PROCESSES] to a part of its own,
-and process 0 weaves the parts together, a row at a time.
+and process 0 weaves the parts together, a row at a time. Parts that another number of processes has
+left are dealt out again.
 
 Test: pytest tests/test_rundir.py.
 """
