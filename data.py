@@ -39,11 +39,13 @@ def encode(records, chat, max_prompt_length, max_length):
 
     chat: harness.template.ChatFormat. It tokenises many texts in one call, which is far faster.
     """
-    responses = iter(chat.responses_ids([(record["prompt"], record[source]) for record in records
-                                         for source in ("data_chosen", "data_rejected")]))
-    # One room for all: more for one response would be a bias.
-    for record, prompt, room in encode_prompts(records, chat, max_prompt_length, max_length):
-        yield record, prompt, [next(responses)[:room], next(responses)[:room]]
+    prompts, answers = chat.encode(
+        [record["prompt"] for record in records],
+        [[record["data_chosen"], record["data_rejected"]] for record in records])
+    for record, prompt, responses in zip(records, prompts, answers):
+        prompt = cut_prompt(prompt, max_prompt_length, chat.bos_id)
+        room = max_length - len(prompt)  # one for all: more for one response would be a bias
+        yield record, prompt, [response[:room] for response in responses]
 
 
 def encode_prompts(records, chat, max_prompt_length, max_length):

@@ -33,12 +33,13 @@ def samples(records, policy, start, s):
             raise ValueError(f"--samples-from {source} has no line for prompt_id {prompt_id}")
     records = iter(records)
     while chunk := list(itertools.islice(records, 1000)):
-        pairs = [(record["prompt"], y) for record in chunk for y in found[record["prompt_id"]]]
-        ids = iter(start.chat.responses_ids([(prompt, y["text"]) for prompt, y in pairs]))
-        for row in wanted(chunk, start.chat, s):
+        samples = [found[record["prompt_id"]] for record in chunk]
+        _, answers = start.chat.encode([record["prompt"] for record in chunk],
+                                       [[y["text"] for y in ys] for ys in samples])
+        for row, ys, responses in zip(wanted(chunk, start.chat, s), samples, answers):
             yield {"prompt_id": row["prompt_id"], "samples": [
-                sampled(next(ids)[:row["max_new_tokens"]], y["finished"], start.chat)
-                for y in found[row["prompt_id"]]]}
+                sampled(ids[:row["max_new_tokens"]], y["finished"], start.chat)
+                for y, ids in zip(ys, responses)]}
 
 
 def wanted(records, chat, s):

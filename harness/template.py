@@ -66,32 +66,33 @@ class ChatFormat:
         return self.prompts_ids([messages])[0]
 
     def response_ids(self, messages, text):
-        return self.responses_ids([(messages, text)])[0]
+        return self.encode([messages], [[text]])[1][0][0]
 
     def prompts_ids(self, conversations):
-        """Message lists -> lists of ids, up to and including the assistant's header."""
-        rows = self._tokenise([self._apply(messages, add_generation_prompt=True)
-                               for messages in conversations])
-        return [ids if ids[:1] == self.adds_bos else self.adds_bos + ids for ids in rows]
+        return self.encode(conversations, [[]] * len(conversations))[0]
 
-    def responses_ids(self, pairs):
-        """(messages, response text) pairs -> lists of ids that end with the end token, once.
+    def encode(self, conversations, answers):
+        """Message lists, and a list of texts that answer each -> lists of ids of the prompts, up to
+        and including the assistant's header, and for each prompt lists of ids of its responses,
+        which end with the end token, once.
 
-        DEVIATION: tokenised behind the prompt's end, which is then cut off, not by themselves.
+        DEVIATION: responses are tokenised behind the prompt's end, which is then cut off, not by themselves.
         SentencePiece would otherwise put a space before the first word that the policy never
         samples there, and the data's responses would look unlikely for no reason.
         """
-        pairs, prompts, rows = list(pairs), {}, []
-        for messages, text in pairs:
-            if id(messages) not in prompts:  # responses to one prompt come with one list
-                prompts[id(messages)] = self._apply(messages, add_generation_prompt=True)
-            prompt = prompts[id(messages)]
-            rows.append((self._header(prompt), self._response(prompt, messages, text)))
+        prompts = [self._apply(messages, add_generation_prompt=True) for messages in conversations]
+        rows = [(self._header(prompt), self._response(prompt, messages, text))
+                for prompt, messages, texts in zip(prompts, conversations, answers, strict=True)
+                for text in texts]
         headers = list(dict.fromkeys(header for header, _ in rows))
         headers = dict(zip(headers, self._tokenise(headers)))
         finished = self._tokenise([header + response for header, response in rows])
-        return [ids[len(headers[header]):] if ids[:len(headers[header])] == headers[header]
-                else self._apart(response) for ids, (header, response) in zip(finished, rows)]
+        responses = iter([
+            ids[len(headers[header]):] if ids[:len(headers[header])] == headers[header]
+            else self._apart(response) for ids, (header, response) in zip(finished, rows)])
+        return ([ids if ids[:1] == self.adds_bos else self.adds_bos + ids
+                 for ids in self._tokenise(prompts)],
+                [[next(responses) for _ in texts] for texts in answers])
 
     def _header(self, prompt):
         """The end of a prompt, all that a response's ids depend on: from the last token on at which

@@ -107,8 +107,9 @@ class Chat:
     def prompts_ids(self, conversations):
         return [[5, *map(ord, messages[-1]["content"])] for messages in conversations]
 
-    def responses_ids(self, pairs):
-        return [[*map(ord, text), 9] for _, text in pairs]
+    def encode(self, conversations, answers):
+        return self.prompts_ids(conversations), [[[*map(ord, text), 9] for text in texts]
+                                                 for texts in answers]
 
     def texts(self, responses):
         return ["".join(chr(i) for i in ids if i != 9) for ids in responses]
@@ -121,6 +122,7 @@ def test_prompts_are_cut_from_the_left_and_all_responses_from_the_right_by_one_r
     [(record, prompt, responses)] = data.encode([one], Chat(), 4, 9)
     assert record is one and prompt == [5, *map(ord, "fgh")]
     assert responses == [[ord("k")] * 5, [*map(ord, "nonse")]]
+    assert list(data.encode_prompts([one], Chat(), 4, 9)) == [(one, prompt, 5)]
 
 
 @pytest.mark.parametrize("limit, left", [(9, [5, 1, 2, 3]), (4, [5, 1, 2, 3]), (3, [5, 2, 3]),

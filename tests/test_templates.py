@@ -216,11 +216,14 @@ def test_a_thought_that_the_prompt_opens_is_closed_with_the_templates_switch_and
 def test_many_conversations_in_one_call_give_the_ids_of_single_calls():
     """Results in another order than the conversations, or a prompt's ids given to its neighbour."""
     chat = ChatFormat(make(CHATML, adds_bos=True))
-    pairs = [(messages, text) for text in TEXTS for messages in CONVERSATIONS.values()]
-    assert chat.responses_ids(pairs) == [chat.response_ids(*pair) for pair in pairs]
     conversations = list(CONVERSATIONS.values())
-    assert chat.prompts_ids(conversations) == [chat.prompt_ids(c) for c in conversations]
-    assert chat.prompts_ids([]) == chat.responses_ids([]) == []
+    answers = [TEXTS[i:2 * i] for i in range(len(conversations))]  # none, one, two, three
+    prompts = [chat.prompt_ids(messages) for messages in conversations]
+    assert chat.prompts_ids(conversations) == prompts
+    assert chat.encode(conversations, answers) == (prompts, [
+        [chat.response_ids(messages, text) for text in texts]
+        for messages, texts in zip(conversations, answers)])
+    assert chat.encode([], []) == ([], [])
 
 
 SPLITS = {"bytes": (pre_tokenizers.ByteLevel(add_prefix_space=False), None),
