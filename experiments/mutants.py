@@ -136,6 +136,8 @@ MUTANTS = [
     ("a response is tokenised by itself", "harness/template.py",
      "return prompt[max(0, prompt.rfind(self.cut)) if self.cut else 0:]", 'return ""',
      "tests/test_templates.py"),
+    ("rows that another number of processes has finished are lost", "harness/rundir.py",
+     "only_first(deal_again, path)", "pass", "tests/test_rundir.py"),
 
     # --- model.py: the packed forward pass ------------------------------------------------------
     ("a response sees what follows", "model.py", "causal_lower_right if window is None",

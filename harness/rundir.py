@@ -155,7 +155,7 @@ class Run:
         if not told(PROCESS > 0 or self._whole(path, made_with)):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".jsonl":
-                if made_with is None:
+                if made_with is None:  # else another number's rows may be other numbers
                     only_first(deal_again, path)
                 self._write_rows(path, phase, *args)
             else:

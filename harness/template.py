@@ -76,7 +76,8 @@ class ChatFormat:
         and including the assistant's header, and for each prompt lists of ids of its responses,
         which end with the end token, once.
 
-        DEVIATION: responses are tokenised behind the prompt's end, which is then cut off, not by themselves.
+        DEVIATION: responses are tokenised behind the prompt's end, which is then cut off, not by
+        themselves.
         SentencePiece would otherwise put a space before the first word that the policy never
         samples there, and the data's responses would look unlikely for no reason.
         """

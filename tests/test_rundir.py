@@ -100,6 +100,18 @@ def test_rows_of_another_number_of_processes_are_dealt_out_again(were, are, kept
     assert sorted(tmp_path.iterdir()) == sorted([*before, path.with_name("x.jsonl.part0of9")])
 
 
+@pytest.mark.parametrize("made_with, left", [(None, ["3", "4"]), ("x", ["0", "1", "2", "3", "4"])])
+def test_one_process_goes_on_with_what_two_have_finished(made_with, left, tmp_path):
+    """Parts that nobody looks at; or reference log-probs of other micro-batches than update 0's."""
+    for p, ids in enumerate(("02", "1")):
+        write_jsonl(tmp_path / f"x.jsonl.part{p}of2",
+                    [{"prompt_id": i, "twice": 2 * int(i)} for i in ids])
+    calls = []
+    rows = Run(tmp_path).once(tmp_path / "x.jsonl", doubled, ITEMS, calls, made_with=made_with)
+    assert calls == left and [row["twice"] for row in rows] == [0, 2, 4, 6, 8]
+    assert not list(tmp_path.glob("*.part*"))
+
+
 @pytest.mark.parametrize("damage", ["last line", "bit", "empty", "gone"])
 def test_a_damaged_file_is_noticed_and_made_again(damage, tmp_path, capsys):
     """A lost last line or a flipped bit that changes every number after it without a word."""
