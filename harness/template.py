@@ -40,6 +40,10 @@ class ChatFormat:
 
     def __init__(self, tokenizer, model_stop_ids=(), today=None):
         self.tokenizer, self.switch, self.note = tokenizer, {}, None
+        # Before the first use of the backend: a tokenizer.json may say that texts are cut or
+        # padded, and transformers' own call is what takes that back.
+        self.own_x = tokenizer("x")["input_ids"]
+        self.backend = getattr(tokenizer, "backend_tokenizer", None)  # None: written in Python
         self.today = today or datetime.date.today()
         if "strftime_now" in tokenizer.chat_template:  # transformers asks the clock at each call
             chat_template_utils.datetime = SimpleNamespace(now=lambda: self.today)
@@ -110,10 +114,14 @@ class ChatFormat:
                 return ids[len(before):]
 
     def _tokenise(self, texts):
-        """Ids of many texts, nothing added: thousands a call, which is twice as fast as one."""
-        return [ids for start in range(0, len(texts), 1000) for ids in self.tokenizer(
-            texts[start:start + 1000], add_special_tokens=False, return_attention_mask=False,
-            return_token_type_ids=False)["input_ids"]]
+        """Ids of many texts, nothing added: thousands a call, which is twice as fast as one; and
+        what transformers calls, without the offsets that nobody asks for, a fifth faster."""
+        parts = [texts[start:start + 1000] for start in range(0, len(texts), 1000)]
+        if self.backend:
+            return [row.ids for part in parts for row in self.backend.encode_batch_fast(
+                part, add_special_tokens=False)]
+        return [ids for part in parts
+                for ids in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
 
     def text(self, ids):
         return self.texts([ids])[0]
@@ -143,8 +151,8 @@ class ChatFormat:
                 for ids in rows]
         # What transformers' decode calls, without its look at the type of every id, which takes
         # longer than to decode it.
-        if backend := getattr(self.tokenizer, "backend_tokenizer", None):
-            return backend.decode_batch(rows, skip_special_tokens=False)
+        if self.backend:
+            return self.backend.decode_batch(rows, skip_special_tokens=False)
         return [self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in rows]
 
     def render(self, messages, text):
@@ -206,8 +214,7 @@ class ChatFormat:
         self.cut = cuts[-1] if cuts else None
         # Zephyr's template has no BOS, but its tokenizer begins every text with one: the authors'
         # code puts it before the prompt, and `apply_chat_template` alone never would.
-        own = self.tokenizer("x")["input_ids"]
-        self.adds_bos = own[:1] if own[:1] != bare[:1] else []
+        self.adds_bos = self.own_x[:1] if self.own_x[:1] != bare[:1] else []
         bos = self.adds_bos or [i for i in ids[:1] if i == self.tokenizer.bos_token_id]
         self.bos_id = bos[0] if bos else None
 

@@ -376,13 +376,30 @@ def test_a_judge_reads_the_answer_without_what_the_template_puts_around_it(shape
     answers = chat.texts([ids, [], ids[:-1]])
     assert answers[:2] == [changed(text), ""]
 
-    class Slow:  # a tokenizer in Python has no backend that would decode many at once
+    class Slow:  # a tokenizer in Python has no backend that would take many at once
+        def __call__(self, *args, **more):
+            return chat.tokenizer(*args, **more)
+
         def __getattr__(self, name):
             if name == "backend_tokenizer":
                 raise AttributeError(name)
-            return getattr(tokenizer, name)
-    tokenizer, chat.tokenizer = chat.tokenizer, Slow()
-    assert chat.texts([ids, [], ids[:-1]]) == answers
+            return getattr(chat.tokenizer, name)
+    slow = ChatFormat(Slow())
+    assert slow.texts([ids, [], ids[:-1]]) == answers and slow.response_ids([USER], text) == ids
+
+
+def test_a_tokenizer_file_that_cuts_or_pads_texts_does_not_cut_or_pad_ours(tmp_path):
+    """Responses of at most 512 tokens, or all of the length of the longest, because somebody saved
+    the tokenizer after a call that cut and padded; transformers' own calls take that back."""
+    tokenizer, messages, long = make(CHATML), [USER], "hello there " * 20
+    ids = ChatFormat(tokenizer).response_ids(messages, long)
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=200)
+    tokenizer.save_pretrained(tmp_path)
+    assert '"truncation": {' in (tmp_path / "tokenizer.json").read_text()
+    chat = ChatFormat(load_tokenizer(tmp_path))
+    assert len(ids) > 40 and chat.encode([messages], [[long, "hello"]])[1] == [
+        [ids, chat.response_ids(messages, "hello")]] and chat.response_ids(messages, long) == ids
 
 
 def test_an_end_token_that_is_not_marked_as_special_ends_a_response_too():
