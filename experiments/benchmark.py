@@ -104,7 +104,7 @@ def work(worker, settings):
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     import torch
     from harness import weights
-    weights.keep_freed_memory()  # for all sides alike
+    weights.spare_housekeeping()  # for all sides alike
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
     result = globals()[f"worker_{worker}"](settings)

@@ -24,7 +24,7 @@ def main(argv, self_explore):
         say(flags.plan(settings, prompts, source))
         return say(plan.describe(settings, prompts))
     settings = plan.fitted(settings)
-    weights.keep_freed_memory()
+    weights.spare_housekeeping()
     if settings.variant:
         torch.set_num_threads(1)  # on matrices this small a second thread only waits for the first
     scale.start(settings.device)

@@ -158,7 +158,7 @@ def shared():
 
 def system(what):
     """Each in a fork that has loaded the libraries, which are no part of the plan."""
-    weights.keep_freed_memory()
+    weights.spare_housekeeping()
     ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: no huge pages, half used
     lora, phase = ["--lora-rank", "8"] * (what == "lora"), what.replace("lora", "training")
     work = globals()[phase]
