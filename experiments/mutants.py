@@ -22,8 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SELM, DATA, MODEL, SAMPLE, RANK, BOOK, LOOP = (f"tests/test_{name}.py" for name in (
-    "selm", "data", "model", "sample", "rank", "textbook", "train_loop"))
+SELM, DATA, MODEL, SAMPLE, RANK, BOOK, LOOP, GPU = (f"tests/test_{name}.py" for name in (
+    "selm", "data", "model", "sample", "rank", "textbook", "train_loop", "accelerator"))
 
 MUTANTS = [
     # --- selm.py: the objective -----------------------------------------------------------------
@@ -281,6 +281,18 @@ MUTANTS = [
     ("a wrong reference is not noticed", "train_loop.py",
      "if not (abs(dpo_loss - math.log(2)) < 1e-3 and farthest < allowed):", "if False:", LOOP
      + "::test_a_wrong_reference_is_stopped_before_the_first_update"),
+
+    # --- what only a GPU would notice -----------------------------------------------------------
+    ("the mask of a sampling step is made on the CPU", "sample.py",
+     "torch.arange(length, device=positions.device)  # (n, length)", "torch.arange(length)", GPU),
+    ("the mask of a window is made on the CPU", "model.py", "torch.arange(m, device=device)\n",
+     "torch.arange(m)\n", GPU),
+    ("reference log-probs stay on the CPU", "train_loop.py",
+     "                                 device=logps.device)  # (R,)", "                                 )",
+     GPU),
+    ("the matrix product of CUDA gets inputs of two dtypes", "selm.py",
+     "h, g = hidden[rows].to(compute_dtype), grad_logps[rows, None].to(sum_dtype)",
+     "h, g = hidden[rows].float(), grad_logps[rows, None].to(sum_dtype)", GPU),
 ]
 
 

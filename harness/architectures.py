@@ -102,27 +102,30 @@ def choose_sampler(model, ids, length, say=print):
     """
     length = min(length, sample.context_length(model.config) - TRIAL_STEPS)
     prompts = sorted((ids[:3], (ids * length)[:length]), key=len)
-    name, first = type(model).__name__, model.config._attn_implementation
+    name, first, reason = type(model).__name__, model.config._attn_implementation, None
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.2  # bf16 is off by a few percent
     for sampler, trial, attention in ((sample.serve, trial_in_slots, first),
                                       (sample.serve, trial_in_slots, "eager"),
                                       (serve_one_by_one, trial_one_by_one, "eager")):
         model.set_attn_implementation(attention)
-        if error_of(trial, model, prompts) <= tolerance:
+        error, why = error_of(trial, model, prompts)
+        if error <= tolerance:
             if sampler is serve_one_by_one:
-                say(f"note: {name} does not fit into slots; its own generate samples it, slowly, "
-                    "one prompt at a time")
+                say(f"note: {name} does not fit into slots ({reason}); its own generate samples "
+                    "it, slowly, one prompt at a time")
             elif attention != first:
-                say(f"note: {name} is sampled under eager attention: slower, but right for it")
+                say(f"note: {name} is sampled under eager attention, slower but right for it: "
+                    f"not under {first} ({reason})")
             return sampler
+        reason = why
     raise ValueError(f"{name}: the tokens that it generates one after the other are not those of "
                      "its forward pass over the whole text; it is not a causal language model, or "
-                     "not one that transformers can sample")
+                     f"not one that transformers can sample ({reason})")
 
 
 def error_of(trial, model, prompts):
-    """How far a trial's logits are from those of plain forward passes, in standard deviations;
-    infinite where the trial cannot even run."""
+    """How far a trial's logits are from those of plain forward passes, in standard deviations
+    (infinite where the trial cannot even run), and that in words."""
     attention, errors = model.config._attn_implementation, []
     try:
         responses = trial(model, prompts)
@@ -133,11 +136,12 @@ def error_of(trial, model, prompts):
             distance = (lm_logits.float() - expected).square().mean(1).sqrt()  # (steps,)
             # Not the largest: in bf16 rounding can send one token to another expert (PhiMoE).
             errors.append((distance / expected.std(1)).median().item())
-    except Exception:  # whatever an architecture may raise that was not made for this
-        return math.inf
+    except Exception as error:  # whatever an architecture may raise that was not made for this
+        return math.inf, one_line(error)
     finally:
         model.set_attn_implementation(attention)
-    return max(errors) if all(map(math.isfinite, errors)) else math.inf
+    error = max(errors) if all(map(math.isfinite, errors)) else math.inf
+    return error, f"its logits are {error:.2g} standard deviations off"
 
 
 def trial_in_slots(model, prompts):

@@ -6,6 +6,8 @@ one line that says what to do. Never a third: wrong numbers, or a traceback.
 
 import json
 
+import re
+
 import pytest
 import torch
 from transformers import (
@@ -251,6 +253,7 @@ def test_greedy_tokens_are_those_of_model_generate_or_it_is_refused(case):
         assert response == text[0, len(ids):].tolist()
     assert (sampler is sample.serve) == (sampled != "one by one")
     assert len(notes) == (sampled != "slots") and not any("\n" in note for note in notes)
+    assert all(re.search(r"\(.*\w{3}.*\)", note) for note in notes)  # why, not only that
 
 
 def test_one_long_row_cannot_change_its_neighbours(tmp_path):
