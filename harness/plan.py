@@ -255,19 +255,20 @@ def _phases(s, processes):
                  optimiser=8 * m / processes)
     # FSDP2 makes a layer whole for its work, and the next one meanwhile; gradients are summed in
     # fp32, from one buffer into another. What is in no layer stays whole throughout.
-    work = c * (p.rest + 3 * p.largest) + 8 * p.largest if sharded else 0
+    layers, sums = c * (p.rest + 3 * p.largest) * sharded, 8 * p.largest * sharded
     host = 4 * n * (s.device == "cuda")  # process 0 alone loads, and saves, all weights
     if s.offload:
         whole = processes == 1  # weights and gradient stay on the device for a whole update
         host = max(2 * host, 4 * n + 12 * m)
-        share = dict(weights=c * n * whole, gradient=4 * m * whole)
+        share, layers = dict(weights=c * n * whole, gradient=4 * m * whole), layers * (not whole)
     y = sampling(s.model, s.compute, (s.max_prompt_length, s.max_length), s.slots)
     # Loaded once to sample, and kept while the judge works: the policy, and the start beside it.
     kept = y.weights * (2 if s.eval_prompts or s.pairs == "reference" else 1)
     judge, judged = judging(s.ranker, s.device)
-    table = {"training": Phase(**share, activations=p.backward, other=work + judge, host=host),
-             "reference": Phase(share["weights"], activations=p.forward,
-                                other=c * (p.rest + 3 * p.largest) * sharded + judge, host=4 * n),
+    table = {"training": Phase(**share, activations=p.backward, other=layers + sums + judge,
+                               host=host),
+             "reference": Phase(share["weights"], activations=p.forward, other=layers + judge,
+                                host=4 * n),
              "sampling": Phase(kept + y.copies, activations=y.rest, other=y.slots + judge),
              "ranking": Phase(kept, activations=judged, other=judge)}
     if s.device == "cpu":

@@ -15,7 +15,8 @@ inside. Autograd, autocast and FSDP2 see a device like any other.
 
 import json
 import sys
-from contextlib import ExitStack, nullcontext
+import weakref
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -23,15 +24,16 @@ from unittest import mock
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import torch
-from torch.distributed.fsdp._fully_shard import _fsdp_init, _fsdp_param
+from torch.distributed.fsdp._fully_shard import _fsdp_init, _fsdp_param, _fsdp_param_group
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-torch.inference_mode = torch.no_grad  # before it decorates anything: what it makes is not wrapped
-import model as policies
-import train_loop
-from harness import scale, settings, weights
+# inference_mode's tensors cannot be wrapped, so it must not decorate the judges.
+with mock.patch.object(torch, "inference_mode", torch.no_grad):
+    import model as policies
+    import train_loop
+    from harness import scale, settings, weights
 
 aten = torch.ops.aten
 COPIES = {aten.copy_.default, aten._to_copy.default}  # may have tensors of two devices
@@ -51,6 +53,7 @@ class Accelerated(torch.Tensor):
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
             dtype=inner.dtype, device="gpu:0")
         tensor.inner = inner
+        memory.take(inner)
         return tensor
 
     def tolist(self):
@@ -59,6 +62,33 @@ class Accelerated(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return NotImplemented if foreign(types) else run(function, args, kwargs or {})
+
+
+class Memory:
+    """Bytes of the device: `now`, and at the `peak`. FSDP2 empties storages and fills them again;
+    theirs are only counted so, for here the numbers would be gone with them."""
+
+    def __init__(self):
+        self.now, self.peak, self.sizes = 0, 0, {}
+
+    def take(self, tensor):
+        storage = inner(tensor).untyped_storage()  # a view has its base's
+        if storage._cdata not in self.sizes:
+            weakref.finalize(storage, self._set, storage._cdata, None)
+        if not self.sizes.get(storage._cdata):
+            self._set(storage._cdata, storage.nbytes())
+
+    def free(self, tensor):
+        self._set(inner(tensor).untyped_storage()._cdata, 0)
+
+    def _set(self, key, size):
+        self.now += (size or 0) - (self.sizes.pop(key, 0) or 0)
+        self.peak = max(self.peak, self.now)
+        if size is not None:
+            self.sizes[key] = size
+
+
+memory = Memory()
 
 
 class Factories(TorchDispatchMode):
@@ -175,7 +205,9 @@ def move(parameters, buffers, device):
             torch.utils.swap_tensors(tensor, moved)
 
 
-def main(runs):
+@contextmanager
+def pretended():
+    """Within it, --device is the pretended one, whatever the flags say."""
     held, read, bias = register(), settings.read, policies.causal_lower_right
     write = weights._write_policy
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # model.to("gpu")
@@ -194,16 +226,17 @@ def main(runs):
                 (weights, "_write_policy", write_from_cpu),
                 (scale, "_backend", lambda device: "cpu:gloo,gpu:gloo"),
                 (_fsdp_init, "_move_states_to_device", move),
-                # There is no memory to free, and no storage to free it from.
-                (_fsdp_param, "free_storage", lambda tensor: None),
-                (_fsdp_param, "alloc_storage", lambda tensor: None)):
+                (_fsdp_param, "free_storage", memory.free),
+                (_fsdp_param, "alloc_storage", memory.take),
+                (_fsdp_param_group, "alloc_storage", memory.take)):
             stack.enter_context(mock.patch.object(owner, name, stand_in))
         stack.enter_context(Factories())
-        for arguments in runs:
-            train_loop.main(arguments)
-    print(f"{len(used)} operations, {len(used & WIDE)} of them wide products", file=sys.stderr)
+        yield
     del held
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    with pretended():
+        for arguments in json.loads(sys.argv[1]):
+            train_loop.main(arguments)
+    print(f"{len(used)} operations, {len(used & WIDE)} of them wide products", file=sys.stderr)

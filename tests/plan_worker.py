@@ -4,6 +4,7 @@ measured, a line each.
     python tests/plan_worker.py count                        torch's profiler: passes, sampling
     python tests/plan_worker.py training|sampling|lora       the system: whole phases
     python tests/plan_worker.py shared                       torch's profiler: training, FSDP2
+    python tests/plan_worker.py offloaded                    what accelerator.py holds: --offload
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -156,6 +158,18 @@ def shared():
         yield profiled(lambda: training(s)), plan.phases(s)["training"].device / (1 + plan.HOLES)
 
 
+def offloaded():
+    """What the device of the tests' own holds in a training in bf16 with --offload. The scores of
+    attention are among it: it has no flash attention, for which the plan is."""
+    import accelerator
+    with accelerator.pretended():
+        for flags in [], CHECKPOINTING:
+            s = read(SHARED[0], ["--dtype", "bf16", "--offload", *flags])
+            accelerator.memory.peak = accelerator.memory.now
+            training(s)
+            yield accelerator.memory.peak, plan.phases(replace(s, device="cuda"))["training"].device
+
+
 def system(what):
     """Each in a fork that has loaded the libraries, which are no part of the plan."""
     weights.spare_housekeeping()
@@ -193,5 +207,5 @@ if __name__ == "__main__":
     if what in CASES:
         system(what)
     else:
-        for found in count() if what == "count" else shared():
+        for found in globals()[what]():
             show(*found)

@@ -67,6 +67,13 @@ def test_the_plan_for_two_processes_is_what_fsdp_holds_within_15_percent(tmp_pat
         assert planned == pytest.approx(measured, rel=0.15)
 
 
+def test_the_plan_for_offload_is_what_the_device_holds_within_15_percent(tmp_path):
+    """Masters or moments that lie on the device all the same; weights that are planned there once
+    more beside the whole ones, or a gradient in bf16."""
+    for measured, planned, _ in measure("offloaded", tmp_path):
+        assert planned == pytest.approx(measured, rel=0.15)
+
+
 def recipe(tmp_path, *flags):
     """Settings of the paper's run on a GPU, with a model of a Mistral's shape, but 60 MB small."""
     MistralConfig(hidden_size=256, intermediate_size=896, num_hidden_layers=8, vocab_size=32000,
