@@ -165,6 +165,8 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
     def attend(q, k, v):
         """Queries of the last n of m tokens attend causally to the m: -> (1, n, A, D)."""
         mask = (causal_lower_right if window is None else partial(_causal_window, window, q.device))
+        if not _takes_groups(q, window):
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q.shape[2], k.shape[2]),
                                               scale=scaling, enable_gqa=True).transpose(1, 2)
 
@@ -180,6 +182,12 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
             q, k, v = next(pieces)
             outputs.append(attend(q, torch.cat((prompt_k, k), 2), torch.cat((prompt_v, v), 2)))
     return torch.cat(outputs, dim=1), None  # (1, T, A, D)
+
+
+def _takes_groups(q, window):
+    """Whether there is a kernel for fewer heads of keys than of queries that does not hold all
+    scores, (A, n, m). On CUDA it is flash attention alone, which takes neither masks nor fp32."""
+    return not q.is_cuda or window is None and q.dtype != torch.float32
 
 
 def _causal_window(window, device, n, m):

@@ -110,9 +110,9 @@ def load_answerer(args):
     weights.load_config(args.model)  # first: what is no model at all is named by this
     tokenizer = template.load_tokenizer(args.model, args.chat_template)
     chat = template.ChatFormat(tokenizer)
-    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    dtype = args.dtype or ("bfloat16" if torch.device(args.device).type == "cuda" else "float32")
     model = weights.load_model(args.model, getattr(torch, dtype), args.device)
-    stop_ids = chat.stop_ids | weights.model_stop_ids(model)
+    chat.stop_ids |= weights.model_stop_ids(model)
     seeds = itertools.count(args.seed * 1_000_003)  # a chat's next turn goes on where the last was
     sampler, probed = None, 0
 
@@ -125,14 +125,14 @@ def load_answerer(args):
         if probe > probed:  # the first turn, or one that outgrows an attention window
             sampler, probed = architectures.choose_sampler(model, prompt_ids[0], probe, note), probe
         responses = sample.generate(
-            model, prompt_ids, by=sampler, stop_ids=stop_ids, max_new_tokens=limits,
+            model, prompt_ids, by=sampler, stop_ids=chat.stop_ids, max_new_tokens=limits,
             slots=args.slots, temperature=args.temperature, top_p=args.top_p, progress=progress,
             seeds=list(itertools.islice(seeds, len(prompt_ids))))
-        cut = sum(ids[-1] not in stop_ids for ids in responses)
+        cut = sum(ids[-1] not in chat.stop_ids for ids in responses)
         if cut:
             note(f"note: {cut} of {len(responses)} cut, the longest at {max(map(len, responses))} "
                  "tokens")
-        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+        return chat.texts(responses)  # what a judge would read
     return answer
 
 

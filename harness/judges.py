@@ -261,14 +261,19 @@ def digest(*parts):
 
 
 class Kept:
-    """A JSONL file of finished scores, of one process alone, read once; and what the others have
-    left beside it, of which there may have been more. path: None keeps nothing beyond this object.
+    """A JSONL file of finished scores, of one process alone, read once; and, of a phase's
+    scoresN.jsonl, what the others have left beside it, of which there may have been more. path:
+    None keeps nothing beyond this object.
     scores: question -> scores of its sorted distinct texts."""
 
     def __init__(self, path):
         self.path, self.scores = path and Path(path), {}
-        files = {self.path, *self.path.parent.glob("scores*.jsonl")} if self.path else ()
-        for file in (file for file in files if file.exists()):
+        # Only a phase's own: scores that a user names may be another judge's of the same name.
+        of_a_phase = self.path and re.fullmatch(r"scores\d+\.jsonl", self.path.name)
+        beside = self.path.parent.glob("scores[0-9]*.jsonl") if of_a_phase else ()
+        for file in {self.path, *beside} - {None}:
+            if not file.exists():
+                continue
             for line in file.read_text("utf-8", errors="replace").split("\n"):
                 try:
                     row = json.loads(line)
@@ -320,10 +325,15 @@ def load_pairrm(name, device="cpu"):
     if missing or unexpected:
         raise ValueError(f"{folder}: its weights do not fit its config.json: missing "
                          f"{missing[:3]}, unexpected {unexpected[:3]}")
-    if torch.device(device).type == "cuda":
-        model.pretrained_model.bfloat16()
+    model.pretrained_model.to(body_dtype(device))
     model.head_layer.float()
     return model.to(device)
+
+
+def body_dtype(device):
+    """Of a judge's body. Heads stay in fp32: bf16 numbers near 20 are 1/8 apart, and candidates
+    would tie that are not equal."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def _pairrm_config(folder):
@@ -369,12 +379,11 @@ class RewardModel:
 
     def __init__(self, name, device="cpu", tokens_per_forward=8192):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         try:
             folder = safetensors_folder(name)
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, trust_remote_code=False,
+                folder, dtype=body_dtype(device), output_loading_info=True, trust_remote_code=False,
                 use_safetensors=True)
         except Exception as error:
             raise ValueError(f"no sequence classifier to be had ({explain(error)})") from error
@@ -384,6 +393,8 @@ class RewardModel:
             raise ValueError(f"no trained head (missing {sorted(info['missing_keys'])})")
         if not self.tokenizer.chat_template:
             raise ValueError("no chat template; write a FILE.py:FUNCTION that has one")
+        if isinstance(head := getattr(model, "score", None), torch.nn.Linear):
+            head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         self.model, self.tokens_per_forward = model.eval().to(device), tokens_per_forward
         config = model.config.get_text_config()
         self.pad_id, self.begins = config.pad_token_id, self.tokenizer("")["input_ids"][:1]

@@ -25,6 +25,7 @@ import urllib.request
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -102,7 +103,11 @@ def counting(device):
     def matmul_fp32(a, b, out=None):
         return a.new_empty(len(a), b.shape[1], dtype=torch.float32) if out is None else out
 
+    def takes_groups(q, window):
+        return not gpu or window is None and q.dtype != torch.float32
+
     with (mock.patch.object(policies, "causal_lower_right", made_outside),
+          mock.patch.object(policies, "_takes_groups", takes_groups),
           mock.patch.object(selm, "_matmul_fp32", matmul_fp32 if gpu else selm._matmul_fp32),
           FakeTensorMode(allow_non_fake_inputs=True), live):
         yield live
@@ -285,21 +290,28 @@ def need(s, processes=PROCESSES):
 def fitted(s):
     """s, with --offload turned on where a GPU is too small without it and large enough with it; a
     run that does not fit at all is refused. ValueError. On a CPU nothing changes."""
-    if s.device != "cuda":
+    if s.device != "cuda" or s.variant:
         return s
     room = ROOM * card()
     plain, offloaded = replace(s, offload=bool(s.offload)), replace(s, offload=True)
     try:
         needed, phase = need(plain)
-        if needed <= room:
-            return plain
-        if s.offload is None and PROCESSES == 1 and need(offloaded)[0] <= room:
-            say(f"--offload: this run needs {needed / 1e9:.0f} GB of a GPU and has "
-                f"{room / 1e9:.0f}; its masters go to host memory (--no-offload: never)")
-            return offloaded
+        may = s.offload is None and PROCESSES == 1 and need(offloaded)[0] <= room
+        host = max(p.host for p in phases(offloaded).values())
     except Uncountable as reason:
         say(f"note: {reason}, so nobody knows whether this GPU is large enough")
         return plain
+    chosen = offloaded if needed > room and may else plain
+    if chosen.offload and host > host_memory():
+        raise ValueError(f"--offload needs {host / 1e9:.0f} GB of host memory, and this machine "
+                         f"has {host_memory() / 1e9:.0f}; without --offload "
+                         f"{remedy(s, room, host=False)}")
+    if needed <= room:
+        return chosen
+    if may:
+        say(f"--offload: this run needs {needed / 1e9:.0f} GB of a GPU and has "
+            f"{room / 1e9:.0f}; its masters go to host memory (--no-offload: never)")
+        return chosen
     raise ValueError(f"{phase} needs {needed / 1e9:.0f} GB of a GPU, and {room / 1e9:.0f} of this "
                      f"one's {card() / 1e9:.0f} can be filled; {remedy(s, room)}")
 
@@ -310,12 +322,25 @@ def card():
     return torch.cuda.get_device_properties(place).total_memory
 
 
-def remedy(s, room, processes=PROCESSES):
-    """The flags that make a run fit, the cheapest first, each added to those before."""
+def host_memory():
+    """Bytes of this machine, or of the container that this runs in."""
+    try:
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except AttributeError:  # Windows
+        return math.inf
+    except (OSError, ValueError):  # no container, or "max"
+        pass
+    return min(limits)
+
+
+def remedy(s, room, processes=PROCESSES, host=True):
+    """The flags that make a run fit, the cheapest first, each added to those before. host: whether
+    the host has the memory that --offload needs."""
     tree = trees_of(1, *micro_batch(s)[1:])[0].size.tokens
-    flags, s = [], replace(s, offload=bool(s.offload))
+    flags, s = [], replace(s, offload=bool(s.offload) and host)
     for name, change in (
-            ("--offload", {"offload": True}),
+            ("--offload", {"offload": host}),
             ("--gradient-checkpointing", {"gradient_checkpointing": True}),
             (f"--tokens-per-forward {tree}", {"tokens_per_forward": tree}),
             ("--slots 16", {"slots": min(16, s.slots)}),

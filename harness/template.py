@@ -249,6 +249,12 @@ def load_tokenizer(path, chat_template=None):
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--chat-template {chat_template}: cannot be read "
                              f"({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    if isinstance(named := tokenizer.chat_template, dict):  # for tools, for retrieval, ...
+        if "default" not in named:
+            raise ValueError(f"--model {path}: its tokenizer has the chat templates "
+                             f"{', '.join(named)}, and none is the default; save the one that is "
+                             "meant as a file and pass it with --chat-template FILE (Jinja)")
+        tokenizer.chat_template = named["default"]
     if not tokenizer.chat_template:
         raise ValueError(f"--model {path}: its tokenizer has no chat template; it may be a base "
                          "model. Pass one with --chat-template FILE (Jinja)")

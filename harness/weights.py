@@ -58,10 +58,11 @@ def load_frozen(path, compute, attention):
 
 
 def collect_cycles(compute):
-    """Whether trained policies are under FSDP, whose hooks make cycles: what nobody uses any more
-    goes now, for its memory is needed. (Elsewhere it went by itself, and looking takes seconds.)"""
+    """Whether trained policies are under FSDP. Its hooks make cycles, and so do layers that are
+    checkpointed or compiled: what nobody uses any more goes now, for its memory is needed.
+    (Elsewhere it went by itself, and looking takes seconds.)"""
     sharded = PROCESSES > 1 or compute.offload
-    if sharded:
+    if sharded or compute.gradient_checkpointing or compute.compile:
         gc.collect()
     return sharded
 
@@ -79,7 +80,8 @@ def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
     try:
         name, options = _source(path)
         # Straight to a GPU: eight processes with a copy each on its way there fill a host.
-        place = {} if device == "cpu" else {"device_map": {"": torch.cuda.current_device()}}
+        place = ({"device_map": {"": torch.cuda.current_device()}}
+                 if torch.device(device).type == "cuda" else {})
         # ignore_mismatched_sizes: to name the tensors, where transformers only says that some are.
         model, info = _auto_class(name, options).from_pretrained(
             name, **options, **place, dtype=dtype, attn_implementation="eager",

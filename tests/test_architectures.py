@@ -18,7 +18,7 @@ import data
 import model as policies
 import sample
 import train_loop
-from conftest import SIZES, VOCABULARY, make_tokenizer
+from conftest import SIZES, VOCABULARY, make_model, make_tokenizer
 from harness import architectures, weights
 
 WINDOW = 9  # shorter than the test's rows
@@ -254,6 +254,26 @@ def test_greedy_tokens_are_those_of_model_generate_or_it_is_refused(case):
     assert (sampler is sample.serve) == (sampled != "one by one")
     assert len(notes) == (sampled != "slots") and not any("\n" in note for note in notes)
     assert all(re.search(r"\(.*\w{3}.*\)", note) for note in notes)  # why, not only that
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_too_little_memory_is_no_fault_of_the_architecture(error, monkeypatch):
+    """Advice to use --plain-rows, which needs more; hours of sampling one by one, because a trial
+    ran out of memory."""
+    def fail(*_, **__):
+        raise error
+    model = make_model()
+    monkeypatch.setattr(type(model), "forward", fail)
+    with pytest.raises(error):
+        architectures.choose_sampler(model, [3, 4, 5], 16, print)
+    with pytest.raises(error):
+        architectures.self_check(fail_policy(model, fail), data.pack, make_trees(0))
+
+
+def fail_policy(model, fail):
+    policy = policies.Policy(model)
+    policy.forward = fail
+    return policy
 
 
 def test_one_long_row_cannot_change_its_neighbours(tmp_path):

@@ -34,6 +34,15 @@ def test_the_prompt_command_prints_one_answer(folder, capsys):
     assert capsys.readouterr().out == first
 
 
+def test_an_answer_is_what_a_judge_reads_of_it(folder, tmp_path, capsys, monkeypatch):
+    """The name of a channel, or a thought, in outputs for AlpacaEval: training never judged them."""
+    said = make_tokenizer("chatml")("<think>so</think>\n\nthe moon<|im_end|>",
+                                    add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: [said])
+    chat.main(["--model", str(folder), "--prompt", "hello", "--device", "cpu:0"])
+    assert capsys.readouterr().out == "the moon\n"
+
+
 def test_interactive_chat_keeps_the_history(folder, monkeypatch, capsys):
     """A chat that forgets: the second answer must be that to the whole conversation."""
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nthe moon\n"))

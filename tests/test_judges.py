@@ -416,6 +416,29 @@ def save_reward_model(folder, architecture="llama", labels=1, pad=0, template=TE
     return str(folder)
 
 
+def test_scores_of_a_bf16_body_are_not_rounded_to_bf16(tmp_path, monkeypatch):
+    """On a GPU: scores near 20 in steps of 1/8, so that good candidates tie, and a hash decides."""
+    folder = save_reward_model(tmp_path / "reward")
+    whole = load_judge(f"reward:{folder}")
+    monkeypatch.setattr(judges, "body_dtype", lambda _: torch.bfloat16)
+    half, texts = load_judge(f"reward:{folder}"), [["hello", "the cat", "the moon", "how are you"]]
+    question = [[{"role": "user", "content": "hello there"}]]
+    [got], [expected] = half(question, texts), whole(question, texts)
+    assert torch.tensor(got).bfloat16().float().tolist() != got
+    assert got == pytest.approx(expected, rel=0.2, abs=0.2) and got != expected
+
+
+def test_scores_that_a_user_names_are_not_mixed_with_their_neighbours(tmp_path):
+    """Alice's answers given for Bob's, or a judge's before it was mended: files of one name each,
+    but all called scores_*.jsonl. A phase's own files, one a process, are read together."""
+    row = {"prompt_id": "1", "question": "q", "scores": [1.0, 2.0]}
+    judges.Kept(tmp_path / "scores_alice.jsonl").add([row])
+    judges.Kept(tmp_path / "scores0.jsonl").add([row | {"question": "r"}])
+    assert judges.Kept(tmp_path / "scores_bob.jsonl").scores == {}
+    assert judges.Kept(tmp_path / "scores_alice.jsonl").scores == {"q": [1.0, 2.0]}
+    assert judges.Kept(tmp_path / "scores1.jsonl").scores == {"r": [1.0, 2.0]}
+
+
 @pytest.mark.parametrize("architecture, pad, bos", [
     ("llama", None, "template"), ("llama", 0, "tokenizer"), ("qwen3", 0, ""),
     ("qwen3", 0, "template"), ("qwen3", 0, "tokenizer"), ("qwen3", 0, "template, tokenizer")])

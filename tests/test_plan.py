@@ -136,9 +136,10 @@ def card(monkeypatch):
     return lambda size: monkeypatch.setattr(plan, "card", lambda: size * 1e9)
 
 
-def test_offload_is_turned_on_where_it_alone_makes_a_gpu_large_enough(tmp_path, card, capsys):
+def test_offload_is_turned_on_where_it_alone_makes_a_gpu_large_enough(
+        tmp_path, card, capsys, monkeypatch):
     """A run that dies of memory with a flag at hand; a --no-offload that is overruled; an offload
-    that nobody needs."""
+    that nobody needs, or for which the host is too small."""
     s = recipe(tmp_path, "--slots", "1", "--eval-prompts", "0", "--ranker", "my.py:judge")
     plain, with_it = (plan.need(replace(s, offload=x))[0] / 1e9 / plan.ROOM for x in (False, True))
     assert with_it < plain
@@ -148,8 +149,31 @@ def test_offload_is_turned_on_where_it_alone_makes_a_gpu_large_enough(tmp_path, 
     assert plan.fitted(s).offload is True and "--offload" in capsys.readouterr().out
     with pytest.raises(ValueError, match="fits with .*--offload"):
         plan.fitted(replace(s, offload=False))
+    monkeypatch.setattr(plan, "host_memory", lambda: 10**8)
+    with pytest.raises(ValueError, match="needs .* GB of host memory.* without --offload") as error:
+        plan.fitted(s)
+    assert "--offload" not in str(error.value).partition("without --offload ")[2]
     on_cpu = replace(s, device="cpu", offload=False)
     assert plan.fitted(on_cpu) is on_cpu
+
+
+def test_the_hosts_memory_is_that_of_the_machine_or_less():
+    """Kilobytes or pages that are taken for bytes; a container's limit that nobody reads."""
+    [total] = [int(line.split()[1]) * 1024 for line in
+               Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")]
+    assert 0 < plan.host_memory() <= 1.01 * total
+
+
+def test_heads_are_counted_where_a_gpu_has_no_kernel_for_grouped_ones(
+        tmp_path, monkeypatch):
+    """In fp32 or with a window CUDA gets the keys of each group repeated; a plan without them."""
+    s = replace(recipe(tmp_path, "--no-gradient-checkpointing"), dtype="fp32")
+    repeated = plan.passes(s.model, s.compute, plan.micro_batch(s), False).backward
+    monkeypatch.setattr(torch.Tensor, "repeat_interleave", lambda x, *_: x)
+    plan.passes.cache_clear()
+    grouped = plan.passes(s.model, s.compute, plan.micro_batch(s), False).backward
+    plan.passes.cache_clear()
+    assert repeated > 1.02 * grouped
 
 
 def test_a_run_that_does_not_fit_stops_before_it_loads_anything(tmp_path, card, monkeypatch):

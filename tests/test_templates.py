@@ -504,6 +504,19 @@ def test_a_response_ends_with_the_end_token_once_and_has_no_bos(chat, text):
     assert chat.tokenizer.decode(ids[:-1]) == text.partition(END_TOKENS[chat.tokenizer.style])[0]
 
 
+def test_of_several_named_templates_the_default_is_used_or_one_must_be_named(tmp_path):
+    """A traceback on models with templates for tools and retrieval beside that for chats, or the
+    wrong one of them."""
+    tokenizer = make(CHATML)
+    tokenizer.chat_template = {"tool_use": "{{ 'tools' }}", "default": CHATML}
+    tokenizer.save_pretrained(tmp_path / "named")
+    assert load_tokenizer(tmp_path / "named").chat_template == CHATML
+    tokenizer.chat_template = {"tool_use": "{{ 'tools' }}", "rag": CHATML}
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="tool_use.*none is the default.*--chat-template"):
+        load_tokenizer(tmp_path / "other")
+
+
 def test_a_model_without_a_chat_template_is_told_what_to_pass(tmp_path):
     """A base model trained on text that no template separates."""
     tokenizer = make_tokenizer()

@@ -1,7 +1,8 @@
 """The loop itself: Algorithm 1 against the textbook, recipes, resuming, and what it refuses."""
 
-import functools
 import datetime
+import functools
+import gc
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +26,7 @@ import model as policies
 import selm
 import train_loop
 from conftest import ROOT, make_model, make_tokenizer
-from harness import judges, prepare, scale, template, weights
+from harness import judges, prepare, scale, settings, template, weights
 from harness.rundir import Rows, read_jsonl, write_jsonl
 from harness.settings import RECIPES, stream
 from test_model import make_trees, plain_logps
@@ -236,6 +238,20 @@ def test_a_policy_is_loaded_once_for_training_and_once_for_sampling(command, mon
     train_loop.main(command)
     assert loaded.count(("iter_1", "policy")) == 2
     assert loaded.count(("iter_2", "policy")) == 1
+
+
+@pytest.mark.parametrize("extra", [[], ["--gradient-checkpointing"]])
+def test_no_trained_policy_outlives_its_iteration(extra, command):
+    """Checkpointed layers hold themselves, and each iteration's policy would stay beside the next:
+    a run that fits in its first iteration dies in its third."""
+    s = settings.read([*command, *extra]).at(1)
+    gc.disable()  # by itself it comes some time
+    try:
+        first = weakref.ref(weights.load_policy(command[1], s.compute).model)
+        weights.load_policy(command[1], s.compute)
+    finally:
+        gc.enable()
+    assert first() is None
 
 
 def test_a_hub_data_set_is_read_by_its_two_splits(command, tmp_path, monkeypatch, capsys):
