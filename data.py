@@ -1,6 +1,6 @@
 """Preference records to ids, trees of responses, batches, packing into micro-batches.
 
-One tree a prompt: a prompt x and its K distinct responses, laid out in one line:
+One tree per prompt: a prompt x and its K distinct responses, laid out in one line:
 
     tokens     x x x x  a a a  b b        position of each token in its OWN sequence:
     position   0 1 2 3  4 5 6  4 5        b starts at 4 again, as if a were not there.
@@ -44,7 +44,7 @@ def encode(records, chat, max_prompt_length, max_length):
         [[record["data_chosen"], record["data_rejected"]] for record in records])
     for record, prompt, responses in zip(records, prompts, answers):
         prompt = cut_prompt(prompt, max_prompt_length, chat.bos_id)
-        room = max_length - len(prompt)  # one for all: more for one response would be a bias
+        room = max_length - len(prompt)  # the same for both: more room would favour one
         yield record, prompt, [response[:room] for response in responses]
 
 
@@ -97,7 +97,7 @@ class Tree:
     chosen: int
     rejected: int
     sampled: list  # the fresh samples: several with --responses-per-prompt, none for plain DPO
-    ref_logps: list = field(default_factory=list)  # one a response, nats, once they are known
+    ref_logps: list = field(default_factory=list)  # one per response, nats, once they are known
     candidate_indices: list = field(default_factory=list)  # of the responses, in pairs.jsonl's row
     prompt_id: str = ""
 
@@ -110,9 +110,9 @@ class Tree:
 
 
 class Size(NamedTuple):
-    tokens: int  # of the tree in one line
-    rows: int  # as plain rows: one a response,
-    width: int  # of at most so many tokens
+    tokens: int  # packed: the prompt and all responses
+    rows: int  # plain: one for each response,
+    width: int  # the longest of so many tokens
 
 
 def make_tree(row, alpha, logps=None):
@@ -141,8 +141,9 @@ class Batch:
 def plan_updates(sizes, batching, seed, process=0, processes=1):
     """One epoch over trees of these Sizes, shuffled by seed -> the Batches of this process.
 
-    batching: batch_size (trees an update, over all processes), tokens_per_forward, plain_rows. All
-    processes get as many micro-batches an update (FSDP waits for everyone); missing ones are [].
+    batching: batch_size (trees per update, over all processes), tokens_per_forward, plain_rows. In
+    each update all processes get the same number of micro-batches, filled up with [], for FSDP
+    waits for everyone.
     """
     order = random.Random(seed).sample(range(len(sizes)), len(sizes))
     batches = []
@@ -243,7 +244,7 @@ def pack(trees):
 
 
 def pad(trees):
-    """Trees -> plain MicroBatch: a row a response, right-padded. For --plain-rows and tests."""
+    """Trees -> plain MicroBatch: one row per response, right-padded. For --plain-rows and tests."""
     rows = [(tree.prompt_ids, response) for tree in trees for response in tree.responses]
     width = max(len(p) + len(r) for p, r in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)

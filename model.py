@@ -46,7 +46,7 @@ import selm
 
 
 class Policy(nn.Module):
-    """A causal LM seen as pi(y|x): micro-batch in, one log-prob a response out.
+    """A causal LM seen as pi(y|x): micro-batch in, one log-prob per response out.
 
     autocast_dtype: bf16 compute over fp32 master weights, or None. checkpointing: recompute each
     layer in backward (less memory for one more forward pass). compile: a torch.compile backend

@@ -67,7 +67,7 @@ def choose_pair(scores, texts):
 
 def give_roles(row, scores):
     """Adds to a row of pairs.jsonl its roles, as indices into its candidates: chosen, rejected and
-    sampled; scores: one a candidate, or None for the data's own pair.
+    sampled; scores: one per candidate, or None for the data's own pair.
 
     Where all candidates are equal there is no pair, and both roles are the same response: the DPO
     part is then ln 2 without gradient, and the optimism term is left, as Algorithm 1 has it. Only

@@ -3,25 +3,25 @@
 A batch is as slow as its longest response. `model.generate` on 4 prompts at a time (each letter is
 one token of one response, '.' is work on a row that has long ended):
 
-    row 1  a a a a a a a a   f f f f f f f f         slot 1  a a a a a a a a
-    row 2  b b . . . . . .   e e e . . . . .         slot 2  b b f f f f f f f f
-    row 3  c c c c . . . .   g . . . . . . .         slot 3  c c c c e e e
+    row 1  a a a a a a a a   e e e e e e e e         slot 1  a a a a a a a a
+    row 2  b b . . . . . .   f f f . . . . .         slot 2  b b e e e e e e e e
+    row 3  c c c c . . . .   g . . . . . . .         slot 3  c c c c f f f
     row 4  d d d d d . . .   h h . . . . . .         slot 4  d d d d d g h h
            time ------->  16 steps                          time ------->  10 steps
 
 SELM samples one response for each of thousands of prompts, and their lengths differ tenfold, so:
 
-  - A SLOT is one row of the KV cache. When its response ends it takes the next prompt, as soon as
-    enough slots are free to be worth a prefill (of 16 one to eight: `worth_a_prefill`).
-  - Live slots are always the first n rows: when a slot ends and no prompt waits, the last row moves
-    into the hole. Every step computes n rows and no dead one, also in the tail.
+  - A SLOT is one row of the KV cache. The live ones are always the first n: where a response ends,
+    the last row moves into the hole, and new prompts are prefilled behind them, as soon as enough
+    slots are free to be worth it (of 16 one to eight: `worth_a_prefill`). So every step computes n
+    rows and no dead one, also in the tail.
   - Each slot is at its own position, so nothing is padded to the left. `SlotCache` writes each
     row's key and value where that row stands, in place (a DynamicCache copies all of it at every
     step), and shows the model no more of the cache than the longest live row fills.
   - Of the next AHEAD * slots prompts the longest come first: neighbours in length are prefilled
     together (little padding), and the longest do not start last, with few others to share a step.
   - Responses are handed out in the order of their prompts, each as soon as it and all before it
-    have ended: a kill costs at most 2 * AHEAD + 1 times the slots, not the phase.
+    have ended: a kill loses at most (2 * AHEAD + 1) * slots finished ones, not the phase.
   - On a CPU most of a step is matrix products with few rows: see `packed_linears`.
 
 A sample depends on its prompt and its seed alone, not on the slots, the other prompts or the number
@@ -61,7 +61,7 @@ KV_BLOCK = 128  # the cache grows by so many positions: one copy in 128 steps, l
 
 
 class SlotCache(Cache):
-    """A KV cache whose rows stand at different positions. One (slots, A, length, D) pair a layer.
+    """A KV cache whose rows stand at different positions. One (slots, A, length, D) pair per layer.
 
     transformers' layers call `update` with new keys and values and attend to what it returns.
     Before each forward pass, `aim` says where the batch's tokens belong.
@@ -179,7 +179,7 @@ def step_mask(config, positions, length, dtype):
 def packed_linears(model):
     """Within it, the model's fp32 linear layers on the CPU use oneDNN with weights packed once.
 
-    torch hands fp32 products to MKL, which is made for many rows; a step has one row a slot. With
+    torch hands fp32 products to MKL, which is made for many rows; a step has one row per slot. With
     16 rows, oneDNN's kernels on pre-packed weights take 59 ms where MKL takes 95 (all layers of
     SmolLM2-135M, one core of an AMD EPYC). torch.compile's freezing does the same; these are its
     operators, without the compiler. Costs a second copy of the weights for the time of sampling.

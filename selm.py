@@ -5,12 +5,12 @@ Self-Exploring Language Models (SELM), arXiv 2405.19332 v3. The derivation, in t
 
   1. Bradley-Terry: P(y_w beats y_l | x) = sigmoid(r(x, y_w) - r(x, y_l)); L(r; D) is its negative
      log-likelihood on the preferences D. Many rewards fit D about equally well.
-  2. Among them, take the one under which the best policy gains most over pi_ref (a bilevel
-     objective):
+  2. Among them, take the one that promises most: under which the best policy gains most over
+     pi_ref (a bilevel objective; means are over the prompts x, too):
          max_r  -L(r; D) + alpha * max_pi { E[r(x, y) - r(x, y')] - beta * KL(pi || pi_ref) }
-     with y ~ pi, y' ~ pi_ref: optimism about answers that D says little of.
+     with y ~ pi, y' ~ pi_ref. Where D does not say how good an answer is, that is optimism.
   3. For a fixed r the inner maximum is the usual KL-regularised one: its solution is
-         pi_r(y|x) = pi_ref(y|x) * exp(r(x, y) / beta) / Z_r(x),
+         pi_r(y|x) = pi_ref(y|x) * exp(r(x, y) / beta) / Z_r(x),   Z_r(x) the sum over all y,
      and its value is  E_x[ beta * log Z_r(x) - E_{y' ~ pi_ref} r(x, y') ].
   4. Reparametrise by the policy:  r(x, y) = beta * log(pi(y|x) / pi_ref(y|x)). Then Z_r(x) = 1,
      pi_r = pi, beta * log Z_r vanishes, and the two-level problem becomes one level:
@@ -22,12 +22,15 @@ Self-Exploring Language Models (SELM), arXiv 2405.19332 v3. The derivation, in t
 What Algorithm 1 makes of it is a heuristic: pi_ref moves on with every iteration, D is that
 iteration's portion alone, and the authors' y' is the GREEDY answer. With y' ~ pi_ref the term's
 mean is -alpha * beta * KL(pi_ref || pi), whose gradient is zero at pi = pi_ref, where each
-iteration starts; with the greedy y' mass leaves the mode from the first update on. What that is
-good for is not derived, but measured: README, "What optimism does".
+iteration starts (the mean of grad log pi(y') over y' ~ pi is the gradient of sum_y pi(y) = 1). With
+the greedy y' it pushes the mode down from the first update on; where y' is chosen as well, DPO's
+slope of -beta/2 outweighs its alpha * beta below alpha = 1/2. What that is good for is not derived,
+but measured: README, "What optimism does".
 
 A log-prob of a response is the SUM over its tokens of log softmax(lm_logits)[token], in fp32. With
 a vocabulary of 128k, the (N, V) logits are by far the largest tensor of preference training, and
-all but one number of each row is thrown away. `token_logps` never holds them: see there.
+two numbers per row are all that is needed: the target's logit and the logsumexp. `token_logps`
+never holds them all.
 
 Replaces textbook.py's `loss`, and the (B, T, V) logits of its `logps`. Knows nothing of models,
 tokenizers, devices or files: tensors in, tensors out.
@@ -55,7 +58,7 @@ def textbook_token_logps(hidden, weight, targets, bias=None, softcap=None):
 def token_logps(hidden, weight, targets, bias=None, softcap=None, chunk_tokens=512):
     """log softmax(hidden @ weight.T + bias)[n, targets[n]] for every n, without the (N, V) logits.
 
-    Forward needs one number a row beside the target's logit: log p = logit[target] - logsumexp.
+    Forward needs one number per row beside the target's logit: log p = logit[target] - logsumexp.
     Backward needs softmax(logits) again; recomputing it (all but the first chunk) costs up to one
     more matmul, 4 instead of 3, and peak memory falls from several N x V to one chunk_tokens x V,
     however large the batch is.
@@ -70,7 +73,7 @@ def token_logps(hidden, weight, targets, bias=None, softcap=None, chunk_tokens=5
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1], (
         f"hidden {tuple(hidden.shape)} and head weight {tuple(weight.shape)} must share H")
-    assert targets.shape == hidden.shape[:1], "one target a row of hidden"
+    assert targets.shape == hidden.shape[:1], "one target per row of hidden"
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     compute_dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
@@ -203,8 +206,8 @@ def selm_loss(policy_chosen_logps, policy_rejected_logps, policy_sampled_logps,
 
     All inputs are (B,) sums over response tokens, in nats; the ref_* ones are constants (detached
     here: a reference that learns is a silent bug). `sampled` is the fresh sample y ~ pi_ref, ALSO
-    where y won or lost the ranking and is chosen or rejected as well. For several samples a prompt
-    pass their mean: the term is linear. With alpha = 0 both sampled inputs may be None.
+    where y won or lost the ranking and is chosen or rejected as well. Of several samples per prompt
+    pass the mean: the term is linear. With alpha = 0 both sampled inputs may be None.
     optimism: which term, a name in OPTIMISM. Returns (losses (B,), metrics: name -> (B,) detached).
     """
     assert beta > 0, f"beta is the strength of the KL anchor and must be > 0, got {beta}"

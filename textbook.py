@@ -17,14 +17,15 @@ that can say which of several answers is best. Algorithm 1 of the paper:
 The first term is DPO (arXiv 2305.18290): make chosen more likely than rejected, measured against
 pi_ref. The second is what SELM adds: push DOWN what the model already says by habit, so that
 probability moves to answers that it has not tried. (Greedy matters: for a random y ~ pi_ref the
-term's mean gradient is zero where pi = pi_ref; selm.py has the derivation.) alpha = 0 is iterative
-DPO, the honest comparison.
+term's mean gradient is zero where pi = pi_ref; selm.py says why.) alpha = 0 is iterative DPO, the
+comparison that isolates the term.
 
 Everything is as plain as it can be: padded batches, full logits, a copy of the model as reference,
 `model.generate`. The other files compute the same numbers several times faster in a fraction of the
 memory, and say what of this one they replace. A test runs both and compares them.
 
-    python textbook.py          SELM on the toy world (harness/toy.py), about a minute
+    python textbook.py      SELM on the toy world (harness/toy.py), ten seconds; one seed and half
+                            of the default run's rows, hence other numbers than README's table
 
 Legend: B prompts, T tokens of the longest row, V vocabulary. Log-probs are in nats.
 """
@@ -42,7 +43,7 @@ def self_explore(policy, tokenizer, portions, judge, *, alpha, beta, lr, batch_s
     """Algorithm 1; changes `policy` in place. Yields after each portion (examples, losses).
 
     portions: lists of {"prompt": messages, "data_chosen": text, "data_rejected": text}; judge:
-    (prompts, lists of texts) -> lists of scores; lr: one a portion; order(k, n): in which order
+    (prompts, lists of texts) -> lists of scores; lr: one per portion; order(k, n): in which order
     iteration k visits its n examples (at random).
     """
     for k, (portion, peak) in enumerate(zip(portions, lr), 1):
@@ -78,7 +79,7 @@ def tokenise(tokenizer, record):
 
 @torch.no_grad()
 def sample(model, prompt, max_new_tokens):
-    """y ~ pi(.|x): the ids that follow the prompt. Greedy, as the authors' code."""
+    """y: the ids that the model answers with, greedily, as the authors' code does."""
     ids = torch.tensor([prompt])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                          max_new_tokens=max_new_tokens)
@@ -90,9 +91,8 @@ def rank(tokenizer, judge, messages, candidates):
     decides). Where all are equal, chosen is rejected, and only the optimism is left."""
     texts = tokenizer.batch_decode(candidates, skip_special_tokens=True)
     [scores] = judge([messages], [texts])
-    by_score = lambda i: scores[i]  # noqa: E731
-    return (candidates[max(range(len(texts)), key=by_score)],
-            candidates[min(range(len(texts)), key=by_score)])
+    best, worst = (choose(range(len(texts)), key=scores.__getitem__) for choose in (max, min))
+    return candidates[best], candidates[worst]
 
 
 def logps(model, prompts, responses):
@@ -119,7 +119,8 @@ def loss(policy, reference, batch, alpha, beta):
         ref_sampled = logps(reference, x, y)
     margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # (B,) 0 at the start
     dpo = -F.logsigmoid(beta * margin)  # (B,) ln 2 at the start
-    # To minimise: y goes DOWN. There is no lower bound, so the loss may fall below 0.
+    # To minimise: it pushes y down. (Where y is chosen too, its slope at the start is
+    # -beta/2 + alpha * beta: below alpha = 1/2 it still rises.) No bound: the loss may go below 0.
     optimism = alpha * beta * (policy_sampled - ref_sampled)  # (B,)
     return (dpo + optimism).mean()
 

@@ -64,13 +64,14 @@ def self_explore(run, start, settings):
         # y ~ pi(.|x), then the best and the worst of {y, y_w, y_l}
         draw = outside.samples if s.samples_from else sample_responses
         samples = [once(here / "samples.jsonl", draw, portion, policy, start, s)]
-        if s.pairs == "reference":  # XPO's: the first model's too, of a random stream of their own
+        if s.pairs == "reference":  # XPO's: one of the first model, too, by other random numbers
             samples.append(once(here / "reference_samples.jsonl", draw, portion, start.policy,
                                 start, replace(s, iteration=f"{k}, reference")))
         pairs = once(here / "pairs.jsonl", rank_candidates, portion, samples, start, s)
         # log pi_ref of every response that the loss needs, before the first update
         training_set = TrainingSet(pairs, policy if s.reference == "previous" else start.policy, s)
-        # In the micro-batches of update 0; a checkpoint is past it, and keeps its own.
+        # Its micro-batches must be those of update 0: with other ones it is made again, unless a
+        # checkpoint lies behind that update, for training goes on with what it began with.
         made_with = (None if scale.newest_checkpoint(here / "state") else
                      [s.tokens_per_forward, PROCESSES])
         training_set.reference = once(here / "reference.jsonl", reference_logps, pairs,
@@ -107,7 +108,7 @@ def sample_responses(records, policy, start, s):
 
 
 def requests(records, chat, s):
-    """What sampling asks for: yields (prompt ids, most tokens of y, seed), n a record."""
+    """What sampling asks for: yields (prompt ids, most tokens of y, seed), n per record."""
     for chunk in chunks(records, CHUNK):
         for record, ids, room in data.encode_prompts(chunk, chat, s.max_prompt_length,
                                                      s.max_length):
@@ -143,7 +144,7 @@ def named(responses, prompt_id, samples):
 
 @torch.no_grad()
 def reference_logps(pairs, training_set):
-    """log pi_ref of the candidates in use: yields {prompt_id, logps: one a candidate, or null}.
+    """log pi_ref of the candidates in use: yields {prompt_id, logps: one per candidate, or null}.
 
     In the very micro-batches of the training that follows, with the same code and dtype, so that
     the first update sees policy == reference to the last bits.
@@ -326,7 +327,7 @@ def update(policy, optimizer, training_set, batch, u, from_reference):
     FloatingPointError where a number is not finite."""
     s, parameters = training_set.s, optimizer.param_groups[0]["params"]
     terms, optimism_norm = dict(alpha=s.alpha, beta=s.beta, optimism=s.optimism), None
-    if u == 0 and s.alpha > 0:  # once an iteration: how much of the gradient is the term's?
+    if u == 0 and s.alpha > 0:  # once per iteration: how much of the gradient is the term's?
         gradient(policy, training_set, batch, functools.partial(optimism_alone, **terms))
         optimism_norm = clip(parameters, math.inf)
         optimizer.zero_grad()
@@ -375,7 +376,7 @@ def roles(trees, logps):
 
     Trees with 2 and 3 responses: logps = [a b | c d e]; the second tree's response 1 is at 2 + 1.
     """
-    first = [sum(len(t.responses) for t in trees[:i]) for i in range(len(trees))]
+    first = [0, *itertools.accumulate(len(tree.responses) for tree in trees)]
     chosen = [begin + tree.chosen for begin, tree in zip(first, trees)]
     rejected = [begin + tree.rejected for begin, tree in zip(first, trees)]
     sampled = None  # of several the mean: the optimism term is linear in them

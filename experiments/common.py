@@ -205,7 +205,7 @@ def draw_panels(axes, panels, results):
     for axis, panel in zip(axes, panels):
         axis.set_title(panel(axis, results), fontsize=9, loc="left")
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, handlelength=3)  # long enough to tell a dashed line
 
 
 def errorbars(axis, xs, lists, label=None, **style):

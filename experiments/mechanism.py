@@ -355,7 +355,7 @@ def draw_norms(axis, results):
     axis.set(xscale="log", yscale="log", xlabel="samples n",
              ylabel="norm of the mean of grad log pi(y)")
     plain_logs(axis.xaxis, axis.yaxis)
-    return ("(a) At the start the term has a direction with greedy y only;\n"
+    return ("(a1) At the start the term has a direction with greedy y only;\n"
             "at temperature 1 its gradient averages out: 1.96 to 0.25.")
 
 
@@ -375,14 +375,14 @@ def draw_sampled(axis, results):
     sampled_lines(axis, results, "kl")
     sampled_lines(axis, results, "entropy")
     axis.set_ylabel("minus alpha = 0, nats")
-    return ("(a) y at temperature 1: more KL, less entropy, growing; a larger\n"
+    return ("(a2) y at temperature 1: more KL, less entropy, growing; a larger\n"
             "learning rate ends there too, a smaller beta does the contrary.")
 
 
 def draw_rewards(axis, results):
     sampled_lines(axis, results, "reward")
     axis.set_ylabel("true reward, minus alpha = 0")
-    return ("(a) The same arms in true reward: the larger learning rate\n"
+    return ("(a3) The same arms in true reward: the larger learning rate\n"
             "gains .015 to .023 more than optimism, at the same final KL.")
 
 
@@ -396,7 +396,7 @@ def draw_gains(axis, results):
     axis.axvline(0, color="grey", linewidth=0.7)
     axis.set(xlabel="the habit: greedy minus sampled reward at the start",
              ylabel="gain in true reward over alpha = 0")
-    return ("(b) Greedy y: +.034 where the habit is bad, -.027 where it is good\n"
+    return ("(b1) Greedy y: +.034 where the habit is bad, -.027 where it is good\n"
             "(iteration 1). Far left, after 3: three runs broke down.")
 
 
@@ -406,7 +406,7 @@ def draw_entropy(axis, results):
         errorbars(axis, list(map(float, tastes)), [gains(results, t, measure, 1) for t in tastes],
                   MEASURES[measure], color=colour)
     axis.set(xlabel="taste of the commonest word", ylabel="after iteration 1, minus alpha = 0")
-    return ("(b) Greedy y: more entropy and more words in use,\n"
+    return ("(b2) Greedy y: more entropy and more words in use,\n"
             "whether the habit is good or not.")
 
 

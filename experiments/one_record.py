@@ -124,7 +124,7 @@ The model's own chat template writes the prompt up to where the answer begins,
 `{prompt}`, as {row['prompt_ids']},
 and each response with its end token, once.
 
-## 3. A sample (`sample.generate`)
+## 3. A sample (`sample.serve`)
 
 A slot of the sampler takes the prompt. Its last token, `{prompt.split()[-1]}`, is fed at position
 {len(row['prompt_ids']) - 1}; the likeliest next token (temperature 0) is picked, then fed at the position behind it, and so on until an end token:

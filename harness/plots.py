@@ -37,8 +37,8 @@ PANELS = ("true_reward", "score", "score_at_temperature_1", "win_rate", "win_rat
           "lc_win_rate", "preference_accuracy", "response_tokens", "finished", "logratio_to_start",
           "true_share_good", "true_coverage", "true_entropy", "true_kl")
 # Of two words they say nothing, or what true measures say better.
-NOT_THE_TOYS = ("score_at_temperature_1", "lc_win_rate", "preference_accuracy", "finished",
-                "logratio_to_start")
+NOT_THE_TOYS = ("score_at_temperature_1", "lc_win_rate", "preference_accuracy", "response_tokens",
+                "finished", "logratio_to_start")
 
 
 def draw_all(runs, folder):
