@@ -16,12 +16,13 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import ablation  # noqa: E402
 import common  # noqa: E402
+import gpu  # noqa: E402
 import mechanism  # noqa: E402
 import open_questions  # noqa: E402
 import what_for  # noqa: E402
 
 import train_loop  # noqa: E402
-from harness import toy  # noqa: E402
+from harness import toy, weights  # noqa: E402
 from harness.report import rows_of  # noqa: E402
 
 
@@ -66,6 +67,23 @@ def test_the_first_figure_is_drawn_from_a_run_and_the_results(short, tmp_path):
         shutil.copy(ROOT / f"experiments/results/{name}.json", tmp_path)
     what_for.main(["--run-dir", str(tmp_path / "run"), "--results", str(tmp_path)])
     assert (tmp_path / "what_for.png").stat().st_size > 10_000
+
+
+def test_what_a_gpu_has_to_show_runs_and_is_right_on_a_cpu(monkeypatch, capsys):
+    """A script that fails on the day when somebody lends a GPU; verdicts that are always good."""
+    for name in ("load_model", "save_policy", "stored_dtype"):  # which it replaces
+        monkeypatch.setattr(weights, name, getattr(weights, name))
+    for name in ("attention", "sampling", "offload"):
+        assert gpu.PARTS[name]("cpu", True)["ok"] is True
+    found = gpu.memory("cpu", True)
+    assert len(found) == 4 and all(planned > 0 for _, planned, _ in found.values())
+    assert all(value > 0 for row in gpu.speed("cpu", True).values() for value in row.values())
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--rehearse", "products"])
+    assert end.value.code == 0 and "products   ok" in capsys.readouterr().out
+    monkeypatch.setattr(gpu.selm, "token_logps", lambda h, w, t, **_: (h @ w.t()).gather(
+        1, t[:, None]).squeeze(1))
+    assert gpu.products("cpu", True)["ok"] is False
 
 
 def test_greedy_answers_are_compared_with_sampled_ones_of_the_same_prompts(short, tmp_path):
