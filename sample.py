@@ -233,10 +233,9 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
     """Requests, any iterable of (prompt ids, limit, seed) -> yields their responses, lists of ids,
     in the order of the requests, which are read no further than needed.
 
-    A response ends with the first of `stop_ids` (kept), or without one at its limit of tokens.
-    temperature 0 is greedy: the tokens of model.generate(do_sample=False). expected: how many will
-    come (0: unknown), for a progress bar; None: no bar. Errors: those of `make_slot`. Trap: until
-    the last response is taken, or the generator closed, the model runs on a copy of its weights.
+    A response ends with the first of `stop_ids` (kept), or at its limit; temperature 0 is greedy.
+    expected: how many will come (0: unknown), for a progress bar; None: no bar. Errors: those of
+    `make_slot`. Trap: until it is exhausted or closed, the model runs on a copy of its weights.
     """
     check_settings(slots, temperature, top_p)
     coming = (make_slot(model.config, i, *request) for i, request in enumerate(requests))

@@ -912,32 +912,15 @@ def worker_data(settings):
     """Sampling and ranking by stubs, and the plan of the updates, files and all, on the real rows
     repeated (each prompt with a number of its own)."""
     import train_loop
-    from harness import evaluate, judges, prepare, rows, rundir, template, weights
-    from harness import settings as flags
+    from harness import evaluate, rows
     folder, seconds, peaks = Path(settings["folder"]), {}, {"libraries": resident_kib() / 2**20}
     real = rows.load_preferences(folder / "prefs.jsonl")
     records = [{**real[i % len(real)], "prompt_id": str(i), "prompt": [
         {"role": "user", "content": f"{i}. {real[i % len(real)]['prompt'][-1]['content']}"}]}
         for i in range(settings["rows"])]
     peaks["rows"] = resident_kib() / 2**20
-    (folder / "judge.py").write_text(
-        "def judge(prompts, candidates):\n"
-        "    return [[len(text) for text in texts] for texts in candidates]\n")
-    chat = template.ChatFormat(template.load_tokenizer(folder), weights.model_stop_ids(folder))
-    run = rundir.Run(folder / f"data_{settings['rows']}")
-    s = flags.read(["--model", str(folder), "--data", "x/y", "--run-dir", str(run.folder),
-                    "--iterations", "1", "--max-length", "1024", "--max-prompt-length", "512",
-                    "--max-new-tokens", "512"]).at(1)
-    weights.load_frozen = lambda *_: None
-
-    def serve(_, requests, **__):
-        for _, limit, seed in requests:
-            chance = random.Random(seed)
-            length = min(limit, 1 + int(chance.gammavariate(2, 130)))
-            yield [*chance.choices(range(300, 40000), k=length), chat.end_id][:limit]
-    judge = judges.load_judge(f"{folder / 'judge.py'}:judge", device="cpu", seed=0)
-    start = prepare.Start(run, str(folder), chat, serve, "selm_tree", judge, [records], [])
-    here = run.folder / "iter_1"
+    start, s = stub_start(folder, records)
+    run, here = start.run, start.run.folder / "iter_1"
 
     def timed(name, phase):
         begin = time.perf_counter()
@@ -956,6 +939,30 @@ def worker_data(settings):
     shutil.rmtree(run.folder)
     return {"rows": len(records), "seconds": seconds, "files_mib": round(mib),
             "peaks_gib": {name: round(value, 3) for name, value in peaks.items()}}
+
+
+def stub_start(folder, records):
+    """(what an iteration on these records starts from, its settings): y is random, the longer of
+    two responses is the better one."""
+    from harness import judges, prepare, rundir, template, weights
+    from harness import settings as flags
+    (folder / "judge.py").write_text(
+        "def judge(prompts, candidates):\n"
+        "    return [[len(text) for text in texts] for texts in candidates]\n")
+    chat = template.ChatFormat(template.load_tokenizer(folder), weights.model_stop_ids(folder))
+    run = rundir.Run(folder / f"data_{len(records)}")
+    s = flags.read(["--model", str(folder), "--data", "x/y", "--run-dir", str(run.folder),
+                    "--iterations", "1", "--max-length", "1024", "--max-prompt-length", "512",
+                    "--max-new-tokens", "512"]).at(1)
+    weights.load_frozen = lambda *_: None
+
+    def serve(_, requests, **__):
+        for _, limit, seed in requests:
+            chance = random.Random(seed)
+            length = min(limit, 1 + int(chance.gammavariate(2, 130)))
+            yield [*chance.choices(range(300, 40000), k=length), chat.end_id][:limit]
+    judge = judges.load_judge(f"{folder / 'judge.py'}:judge", device="cpu", seed=0)
+    return prepare.Start(run, str(folder), chat, serve, "selm_tree", judge, [records], []), s
 
 
 def part_data(common, quick):

@@ -1,6 +1,6 @@
 """What only a GPU can show, in one command for whoever has one: numbers, memory, speed.
 
-    python experiments/gpu.py                  all parts, about half an hour; adds to results/gpu.json
+    python experiments/gpu.py                  all parts, half an hour or so; into results/gpu.json
     python experiments/gpu.py products memory  some of them
     python experiments/gpu.py --rehearse       tiny, on the CPU, unsaved: that it runs, no evidence
 

@@ -136,6 +136,22 @@ MUTANTS = [
     ("a response is tokenised by itself", "harness/template.py",
      "return prompt[max(0, prompt.rfind(self.cut)) if self.cut else 0:]", 'return ""',
      "tests/test_templates.py"),
+    ("scores of another judge are taken for this one's", "harness/judges.py",
+     'beside = self.path.parent.glob("scores[0-9]*.jsonl") if of_a_phase else ()',
+     'beside = self.path.parent.glob("scores*.jsonl") if self.path else ()', "tests/test_judges.py"
+     "::test_scores_that_a_user_names_are_not_mixed_with_their_neighbours"),
+    ("rewards are rounded to bf16", "harness/judges.py",
+     "head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))", "pass",
+     "tests/test_judges.py::test_scores_of_a_bf16_body_are_not_rounded_to_bf16"),
+    ("a checkpointed policy outlives its iteration", "harness/weights.py",
+     "if sharded or compute.gradient_checkpointing or compute.compile:", "if sharded:", LOOP
+     + "::test_no_trained_policy_outlives_its_iteration"),
+    ("--offload is turned on where the host is too small for it", "harness/plan.py",
+     "if chosen.offload and host > host_memory():", "if False:", "tests/test_plan.py"
+     "::test_offload_is_turned_on_where_it_alone_makes_a_gpu_large_enough"),
+    ("weights that stay whole under --offload are planned twice", "harness/plan.py",
+     "layers * (not whole)", "layers", "tests/test_plan.py"
+     "::test_the_plan_for_offload_is_what_the_device_holds_within_15_percent"),
     ("rows that another number of processes has finished are lost", "harness/rundir.py",
      "only_first(deal_again, path)", "pass", "tests/test_rundir.py"),
 

@@ -26,7 +26,7 @@ import model as policies
 import selm
 import train_loop
 from conftest import ROOT, make_model, make_tokenizer
-from harness import judges, prepare, scale, settings, template, weights
+from harness import held_out, judges, prepare, scale, settings, template, weights
 from harness.rundir import Rows, read_jsonl, write_jsonl
 from harness.settings import RECIPES, stream
 from test_model import make_trees, plain_logps
@@ -556,19 +556,21 @@ def test_a_killed_run_goes_on_and_every_file_is_that_of_the_undisturbed_run(
     train_loop.main(command)
     again = [a.replace("/run", "/killed") for a in command]
     # Where to die, and in which call counted from the last resume.
-    for name, call in [("forward", 1), ("check_update_zero", 1), ("clip", 2), ("answer", 1),
-                       ("ranking", 1), ("lr_factor", 1), ("evaluation", 1)]:
-        original, calls = getattr(train_loop, name), []
+    for owner, name, call in [
+            (train_loop, "forward", 1), (train_loop, "check_update_zero", 1),
+            (train_loop, "clip", 2), (held_out, "judge_answers", 1), (train_loop, "ranking", 1),
+            (train_loop, "lr_factor", 1), (train_loop, "evaluation", 1)]:
+        original, calls = getattr(owner, name), []
 
         def dies(*args, **kwargs):
             calls.append(1)
             if len(calls) == call:
                 raise KeyboardInterrupt
             return original(*args, **kwargs)
-        monkeypatch.setattr(train_loop, name, dies)
+        monkeypatch.setattr(owner, name, dies)
         with pytest.raises(KeyboardInterrupt):
             train_loop.main(again)
-        monkeypatch.setattr(train_loop, name, original)
+        monkeypatch.setattr(owner, name, original)
     train_loop.main(again)
     expected, got = files_of(tmp_path / "run"), files_of(tmp_path / "killed")
     assert list(got) == list(expected)
@@ -736,7 +738,7 @@ def test_a_judge_that_fails_in_the_evaluation_loses_no_answer(command, tmp_path,
         raise ValueError("the judge is tired")
         yield
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="tired"):
-        patch.setattr(train_loop, "answer", fails)
+        patch.setattr(held_out, "judge_answers", fails)
         train_loop.main(again)
     sampled = []
     monkeypatch.setattr(prepare.sample, "step", lambda model, cache, live: (
