@@ -13,6 +13,7 @@ A newcomer reads it as a list of the ways in which preference training goes wron
 """
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
@@ -152,6 +153,8 @@ MUTANTS = [
     ("weights that stay whole under --offload are planned twice", "harness/plan.py",
      "layers * (not whole)", "layers", "tests/test_plan.py"
      "::test_the_plan_for_offload_is_what_the_device_holds_within_15_percent"),
+    ("a damaged file of an evaluation voids what was trained after it", "harness/rundir.py",
+     "if EVALUATED.search(name) else later", "if False else later", "tests/test_rundir.py"),
     ("rows that another number of processes has finished are lost", "harness/rundir.py",
      "only_first(deal_again, path)", "pass", "tests/test_rundir.py"),
 
@@ -352,11 +355,11 @@ def main():
     args = parser.parse_args()
     mutants = [m for m in MUTANTS if args.only in m[1] or args.only in m[0]]
     tests = [BOOK if args.textbook else m[4] for m in mutants]
-    for file in sorted({test.partition("::")[0] for test in tests}):
-        if not run(None, file):
-            sys.exit(f"{file} fails without any fault")
-    survivors = []
+    survivors, used = [], sorted(set(tests))
     with ThreadPoolExecutor(args.jobs) as pool:
+        for test, passes in zip(used, pool.map(functools.partial(run, None), used)):
+            if not passes:
+                sys.exit(f"{test} fails without any fault")
         for mutant, survives in zip(mutants, pool.map(run, mutants, tests)):
             print(f"{'SURVIVES' if survives else 'killed':9}{mutant[1]:15}{mutant[0]}", flush=True)
             survivors += [mutant] * survives

@@ -41,6 +41,7 @@ CONFIG, FINISHED, METRICS, LOCK = "config.json", "finished.json", "metrics.jsonl
 LEAVES = (CONFIG, FINISHED, METRICS, LOCK, "report.md", "report.html", "figures", "world", "start",
           "start_policy", "baseline", "tensorboard", "wandb", "human_answers.jsonl", "iter_*",
           "seed_*", "*.tmp", "*.part*", "*.unfinished", ".deleted-*")
+EVALUATED = re.compile(r"/(answers.*|eval|duels|true)\.jsonl$")  # the files of an evaluation
 JUDGED = ("pairs.jsonl*", "scores*.jsonl", "eval.jsonl*")
 # Settings that change no number, or that made_from tells better.
 NO_DIFFERENCE = ("fresh", "dry_run", "processes", "track", "run_dir", "baseline", "seeds", "slots",
@@ -214,14 +215,18 @@ class Run:
 
     def _record(self, path, made_with):
         """Enters a finished file. What was made after it from another version of it is void: other
-        files, rows of an unfinished one, a checkpoint inside training."""
+        files, rows of an unfinished one, a checkpoint inside training. (Training reads nothing of
+        an evaluation: of that, only what evaluations have made.)"""
         name, entry, finished = self._name(path), describe(path), self._finished()
         entry |= {} if made_with is None else {"made with": made_with}
         if name in finished and finished[name] != entry:
-            finished = dict(list(finished.items())[:list(finished).index(name)])
-            self.checked.clear()
+            later = list(finished)[list(finished).index(name):]
+            void = [x for x in later if EVALUATED.search(x)] if EVALUATED.search(name) else later
+            finished = {x: known for x, known in finished.items() if x not in void}
+            self.checked -= set(void)
             for part in [*self.folder.glob("*/*.part*"), *self.folder.glob("*/state")]:
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
+                if void == later or EVALUATED.search(self._name(part).partition(".part")[0]):
+                    shutil.rmtree(part) if part.is_dir() else part.unlink()
         write_text(self.folder / FINISHED, json.dumps(finished | {name: entry}, indent=1))
         self.checked.add(name)
 

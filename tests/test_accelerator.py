@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import train_loop
 from conftest import ROOT
 from test_judges import save_reward_model
+from test_processes import launch
 from test_rank import pairrm, save_pairrm, tokenizer  # noqa: F401 (fixtures)
 from test_train_loop import (  # noqa: F401 (command: a fixture)
     command, rows, training, write_model)
@@ -52,18 +53,38 @@ def test_the_loop_on_another_device_gives_the_numbers_of_the_cpu(runs, tmp_path)
             assert training(there)[0]["dpo_loss"] == pytest.approx(0.6931, abs=1e-3)
             continue
         train_loop.main([*(flag for flag in flags if flag != "--offload"), "--run-dir", str(here)])
-        for file in sorted(here.glob("*/[sp]*.jsonl")):  # samples, of both models; pairs
-            for expected, got in zip(rows(file), rows(there / file.relative_to(here)), strict=True):
-                for row in (expected, got):  # equal to the last digits alone
-                    row["scores"] = [c.pop("score") for c in row.get("candidates", [])]
-                assert got.pop("scores") == pytest.approx(expected.pop("scores"), abs=1e-4)
-                assert got == expected
-        for expected, got in zip(training(here), training(there), strict=True):
-            assert got == pytest.approx(expected, abs=1e-4)
-        for file in sorted(here.glob("*/policy/*.safetensors")):
-            got = load_file(there / file.relative_to(here))
-            for key, weight in load_file(file).items():  # a step of Adam is 1e-3
-                torch.testing.assert_close(got[key], weight, atol=5e-5, rtol=0)
+        assert_same_run(here, there)
+
+
+def assert_same_run(here, there):
+    """To rounding: the same samples, pairs, losses and weights."""
+    for file in sorted(here.glob("*/[sp]*.jsonl")):  # samples, of both models; pairs
+        for expected, got in zip(rows(file), rows(there / file.relative_to(here)), strict=True):
+            for row in (expected, got):  # equal to the last digits alone
+                row["scores"] = [c.pop("score") for c in row.get("candidates", [])]
+            assert got.pop("scores") == pytest.approx(expected.pop("scores"), abs=1e-4)
+            assert got == expected
+    for expected, got in zip(training(here), training(there), strict=True):
+        assert got == pytest.approx(expected, abs=1e-4)
+    for file in sorted(here.glob("*/policy/*.safetensors")):
+        got = load_file(there / file.relative_to(here))
+        for key, weight in load_file(file).items():  # a step of Adam is 1e-3
+            torch.testing.assert_close(got[key], weight, atol=5e-5, rtol=0)
+
+
+def test_two_processes_on_such_devices_give_the_run_of_one_on_the_cpu(
+        command, tmp_path):  # noqa: F811
+    """Shards, collectives or checkpoints of FSDP2 that are looked for on the CPU; the norm of a
+    gradient whose shares lie on two devices; policies that are saved from there."""
+    flags = [*command, "--iterations", "1", "--epochs", "2", "--save-every", "1"]
+    process = launch(ROOT / "tests/accelerator.py", json.dumps([
+        [*flags, flag, "--run-dir", str(tmp_path / flag)] for flag in ("--offload", "--no-offload")
+    ]))
+    output = process.communicate(timeout=240)
+    assert process.returncode == 0, output[1][-3000:]
+    train_loop.main([*flags, "--run-dir", str(tmp_path / "cpu")])
+    for flag in ("--offload", "--no-offload"):
+        assert_same_run(tmp_path / "cpu", tmp_path / flag)
 
 
 def test_the_device_refuses_what_a_gpu_refuses():

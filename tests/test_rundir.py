@@ -340,6 +340,29 @@ def test_what_was_made_after_another_version_of_a_file_is_void_unfinished_or_not
     assert sorted(path.name for path in here.iterdir()) == ["first.jsonl"]
 
 
+def test_another_evaluation_voids_evaluations_and_no_training(tmp_path):
+    """Days of training that are repeated because a file of held-out answers was damaged, and came
+    out a digit otherwise; or duels with answers that are no more."""
+    made = iter(range(100))
+
+    def row(items):
+        return ({"prompt_id": "1", "made": next(made)} for _ in items)
+
+    def go_on():
+        run, names = Run(tmp_path), ("start/answers", "start/eval", "iter_1/pairs",
+                                     "iter_1/answers", "iter_1/duels")
+        for name in names:
+            run.once(tmp_path / f"{name}.jsonl", row, [1])
+        return {name: (tmp_path / f"{name}.jsonl").read_text() for name in names}
+    before = go_on()
+    (tmp_path / "start/answers.jsonl").unlink()
+    (tmp_path / "iter_2/state/000001").mkdir(parents=True)
+    (tmp_path / "iter_2/answers.jsonl.part0of1").write_text('{"prompt_id": "1"}\n')
+    after = go_on()
+    assert [name for name in before if after[name] == before[name]] == ["iter_1/pairs"]
+    assert [path.name for path in (tmp_path / "iter_2").iterdir()] == ["state"]
+
+
 def test_what_was_made_with_other_settings_is_made_again(tmp_path):
     """Reference log-probs of other micro-batches than those of the training that follows."""
     made = []
