@@ -80,8 +80,10 @@ def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
     try:
         name, options = _source(path)
         # Straight to a GPU: eight processes with a copy each on its way there fill a host.
-        place = ({"device_map": {"": torch.cuda.current_device()}}
-                 if torch.device(device).type == "cuda" else {})
+        place = torch.device(device)
+        if place == torch.device("cuda"):  # which of them is this process's
+            place = torch.device("cuda", torch.cuda.current_device())
+        place = {} if place.type == "cpu" else {"device_map": {"": place}}
         # ignore_mismatched_sizes: to name the tensors, where transformers only says that some are.
         model, info = _auto_class(name, options).from_pretrained(
             name, **options, **place, dtype=dtype, attn_implementation="eager",

@@ -221,7 +221,6 @@ def pretended():
     with ExitStack() as stack:
         for owner, name, stand_in in (
                 (settings, "read", lambda argv: replace(read(argv), device="gpu")),
-                (torch.cuda, "current_device", lambda: torch.device("gpu:0")),
                 (policies, "causal_lower_right", plain_bias),
                 (weights, "_write_policy", write_from_cpu),
                 (scale, "_backend", lambda device: "cpu:gloo,gpu:gloo"),

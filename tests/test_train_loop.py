@@ -247,7 +247,7 @@ def test_no_trained_policy_outlives_its_iteration(extra, command):
     s = settings.read([*command, *extra]).at(1)
     gc.disable()  # by itself it comes some time
     try:
-        first = weakref.ref(weights.load_policy(command[1], s.compute).model)
+        first = weakref.ref(weights.load_policy(command[1], s.compute).layers[0])
         weights.load_policy(command[1], s.compute)
     finally:
         gc.enable()
