@@ -361,7 +361,7 @@ def main():
             if not passes:
                 sys.exit(f"{test} fails without any fault")
         for mutant, survives in zip(mutants, pool.map(run, mutants, tests)):
-            print(f"{'SURVIVES' if survives else 'killed':9}{mutant[1]:15}{mutant[0]}", flush=True)
+            print(f"{'SURVIVES' if survives else 'killed':9}{mutant[1]:26}{mutant[0]}", flush=True)
             survivors += [mutant] * survives
     print(f"{len(mutants)} mutants, {len(mutants) - len(survivors)} killed")
     if survivors and not args.textbook:
