@@ -360,14 +360,14 @@ def clip(parameters, max_grad_norm):
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
-def lr_factor(update, updates):
+def lr_factor(u, updates):
     """Linear warm-up over the first 10 % of the updates, then a cosine that would reach 0 one
     update after the last; both restart each iteration. DEVIATION: transformers' schedule wastes the
     first update on a rate of 0."""
     warmup = math.ceil(0.1 * updates)
-    if update < warmup:
-        return (update + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (update - warmup + 1) / (updates - warmup + 1)))
+    if u < warmup:
+        return (u + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (u - warmup + 1) / (updates - warmup + 1)))
 
 
 def check_update_zero(dpo_loss, farthest, dtype):
