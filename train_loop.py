@@ -196,6 +196,7 @@ def train(path, previous, training_set, chat, run):
             if s.save_every and (u + 1) % s.save_every == 0 and u + 1 < len(batches):
                 scale.try_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
 
+    del optimizer  # its moments: a policy takes memory to be saved
     if not scale.all_finite(parameters):
         raise FloatingPointError(f"iteration {s.iteration}: the last update left weights that are "
                                  "not finite; lower --lr. Nothing of this training is saved")

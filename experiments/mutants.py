@@ -138,8 +138,9 @@ MUTANTS = [
      "return prompt[max(0, prompt.rfind(self.cut)) if self.cut else 0:]", 'return ""',
      "tests/test_templates.py"),
     ("scores of another judge are taken for this one's", "harness/judges.py",
-     'beside = self.path.parent.glob("scores[0-9]*.jsonl") if of_a_phase else ()',
-     'beside = self.path.parent.glob("scores*.jsonl") if self.path else ()', "tests/test_judges.py"
+     "for file in {self.path, *others} - {None}:",
+     "for file in {self.path, *(self.path.parent.glob('*') if self.path else ())} - {None}:",
+     "tests/test_judges.py"
      "::test_scores_that_a_user_names_are_not_mixed_with_their_neighbours"),
     ("rewards are rounded to bf16", "harness/judges.py",
      "head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))", "pass",
@@ -154,7 +155,10 @@ MUTANTS = [
      "layers * (not whole)", "layers", "tests/test_plan.py"
      "::test_the_plan_for_offload_is_what_the_device_holds_within_15_percent"),
     ("a damaged file of an evaluation voids what was trained after it", "harness/rundir.py",
-     "if EVALUATED.search(name) else later", "if False else later", "tests/test_rundir.py"),
+     "return not EVALUATED.search(name) or EVALUATED.search(other)", "return True",
+     "tests/test_rundir.py"),
+    ("all of a checkpoint is in memory once more while it is written", "harness/scale.py",
+     "1 + size // FILE", "1", "tests/test_scale.py"),
     ("rows that another number of processes has finished are lost", "harness/rundir.py",
      "only_first(deal_again, path)", "pass", "tests/test_rundir.py"),
 

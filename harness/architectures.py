@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 import sample
-from harness.ends import one_line
+from harness.ends import one_line, out_of_memory
 
 TRIAL_STEPS = 5
 
@@ -55,9 +55,9 @@ def self_check(policy, make_batch, trees, max_length=0, packed=True):
         logps = policy(make_batch(trees).to(model.device))  # (R,)
         model.set_attn_implementation("eager")  # knows every architecture's caps, sinks and windows
         expected = torch.stack([_alone(model, *row) for row in rows])
-    except (MemoryError, torch.OutOfMemoryError):
-        raise  # it is no fault of the architecture
     except Exception as reason:  # whatever a library may raise
+        if out_of_memory(reason):  # which is no fault of the architecture
+            raise
         raise ValueError(f"{type(model).__name__} cannot run our forward pass "
                          f"({one_line(reason)}); {advice}") from None
     finally:
@@ -138,9 +138,9 @@ def error_of(trial, model, prompts):
             distance = (lm_logits.float() - expected).square().mean(1).sqrt()  # (steps,)
             # Not the largest: in bf16 rounding can send one token to another expert (PhiMoE).
             errors.append((distance / expected.std(1)).median().item())
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # whatever an architecture may raise that was not made for this
+        if out_of_memory(error):
+            raise
         return math.inf, one_line(error)
     finally:
         model.set_attn_implementation(attention)

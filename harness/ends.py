@@ -22,6 +22,13 @@ def one_line(error):
     return "".join(character for character in line if character.isprintable())
 
 
+def out_of_memory(error):
+    """Whether it says that memory is short: torch's allocator on a CPU raises a RuntimeError."""
+    text = f"{type(error).__name__} {error}".lower()
+    return isinstance(error, MemoryError) or any(sign in text for sign in (
+        "out of memory", "outofmemory", "can't allocate memory"))
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as an exception: files are closed and half-written ones removed on the way out.
     Its text, if it has one, says from where the same command goes on."""
@@ -83,7 +90,7 @@ def run(main, goes_on=GOES_ON):
                   file=sys.stderr)
         sys.exit(143 if terminated else 130)
     except Exception as error:
-        if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+        if out_of_memory(error):
             sys.exit(f"error: {one_line(error)}" + (f"{kept}: {OUT_OF_MEMORY}" if kept else
                                                     "; do less at a time (--help says how)"))
         print(f"error: a bug of this program, not of your files; what follows says where{kept}.",

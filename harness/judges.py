@@ -261,17 +261,13 @@ def digest(*parts):
 
 
 class Kept:
-    """A JSONL file of finished scores, of one process alone, read once; and, of a phase's
-    scoresN.jsonl, what the others have left beside it, of which there may have been more. path:
-    None keeps nothing beyond this object.
+    """A JSONL file of finished scores, of one process alone, read once. path: None keeps nothing
+    beyond this object. others: files that are read as well, what other processes have left.
     scores: question -> scores of its sorted distinct texts."""
 
-    def __init__(self, path):
+    def __init__(self, path, others=()):
         self.path, self.scores = path and Path(path), {}
-        # Only a phase's own: scores that a user names may be another judge's of the same name.
-        of_a_phase = self.path and re.fullmatch(r"scores\d+\.jsonl", self.path.name)
-        beside = self.path.parent.glob("scores[0-9]*.jsonl") if of_a_phase else ()
-        for file in {self.path, *beside} - {None}:
+        for file in {self.path, *others} - {None}:
             if not file.exists():
                 continue
             for line in file.read_text("utf-8", errors="replace").split("\n"):
@@ -393,7 +389,8 @@ class RewardModel:
             raise ValueError(f"no trained head (missing {sorted(info['missing_keys'])})")
         if not self.tokenizer.chat_template:
             raise ValueError("no chat template; write a FILE.py:FUNCTION that has one")
-        if isinstance(head := getattr(model, "score", None), torch.nn.Linear):
+        head = getattr(model, "score", getattr(model, "classifier", None))
+        if isinstance(head, torch.nn.Linear):
             head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         self.model, self.tokens_per_forward = model.eval().to(device), tokens_per_forward
         config = model.config.get_text_config()

@@ -7,7 +7,8 @@ of model.py, selm.py and sample.py runs over fake tensors, which have shapes and
     n weights, m of them trained (all, without LoRA), c bytes each in the compute dtype
     one process      4n weights   4m gradient   8m AdamW's moments              all on the device
     N processes      the same / N, and the layers at work, whole (FSDP2)        each on its own
-    --offload        cn weights   4m gradient on the device;   4n + 4m + 8m on the host
+    --offload        cn weights   4m gradient on the device;   4n + 4m + 8m on the host, of which
+                     weights and gradient are pinned, in blocks of a power of two
 
 What is counted is what torch's own profiler counts in a real pass, to 0.2 %. Not counted: CUDA's
 own memory and a GPU's holes between blocks (ROOM leaves 8 % of a card for both; on a CPU HOLES adds
@@ -116,12 +117,14 @@ def counting(device):
 @dataclass(frozen=True)
 class Passes:
     """Of a model: numbers of weights, and bytes beyond weights and gradient."""
-    weights: int
-    trained: int
+    numels: tuple  # of each parameter, and whether it is trained
     largest: int  # weights of the largest layer
     rest: int  # weights in no layer: embedding, head, norm
     backward: int  # at the peak of forward and backward
     forward: int  # at the peak of a forward pass alone
+
+    weights = property(lambda self: sum(numel for numel, _ in self.numels))
+    trained = property(lambda self: sum(numel for numel, trained in self.numels if trained))
 
 
 @functools.cache
@@ -147,10 +150,8 @@ def passes(path, compute, shape, sharded):
         policy(batch).sum().backward()
     count = lambda ps: sum(p.numel() for p in ps)
     layers = [count(layer.parameters()) for layer in policy.layers]
-    n = count(parameters)
-    rest = n - sum(layers)
-    return Passes(n, count(p for p in parameters if p.requires_grad), max(layers), rest,
-                  live.peak - before, forward)
+    return Passes(tuple((p.numel(), p.requires_grad) for p in parameters), max(layers),
+                  count(parameters) - sum(layers), live.peak - before, forward)
 
 
 def trees_of(count, prompt, responses):
@@ -264,7 +265,9 @@ def _phases(s, processes):
     host = 4 * n * (s.device == "cuda")  # process 0 alone loads, and saves, all weights
     if s.offload:
         whole = processes == 1  # weights and gradient stay on the device for a whole update
-        host = max(2 * host, 4 * n + 12 * m)
+        block = pinned if s.device == "cuda" else float
+        blocks = [block(4 * x / processes) * (1 + trained) for x, trained in p.numels]
+        host = sum(blocks) * processes + max(8 * m, host)  # moments go before the policy is saved
         share, layers = dict(weights=c * n * whole, gradient=4 * m * whole), layers * (not whole)
     y = sampling(s.model, s.compute, (s.max_prompt_length, s.max_length), s.slots)
     # Loaded once to sample, and kept while the judge works: the policy, and the start beside it.
@@ -282,6 +285,11 @@ def _phases(s, processes):
     return table
 
 
+def pinned(size):
+    """Bytes of the block that torch pins for so many (CachingHostAllocator.h)."""
+    return 2 ** math.ceil(math.log2(max(size, 1)))
+
+
 def need(s, processes=PROCESSES):
     """Bytes of a device that the run fills at its peak, and the phase that does."""
     return max((phase.device, name) for name, phase in phases(s, processes).items())
@@ -297,15 +305,14 @@ def fitted(s):
     try:
         needed, phase = need(plain)
         may = s.offload is None and PROCESSES == 1 and need(offloaded)[0] <= room
-        host = max(p.host for p in phases(offloaded).values())
+        host = need_of_host(offloaded)
     except Uncountable as reason:
         say(f"note: {reason}, so nobody knows whether this GPU is large enough")
         return plain
     chosen = offloaded if needed > room and may else plain
     if chosen.offload and host > host_memory():
         raise ValueError(f"--offload needs {host / 1e9:.0f} GB of host memory, and this machine "
-                         f"has {host_memory() / 1e9:.0f}; without --offload "
-                         f"{remedy(s, room, host=False)}")
+                         f"has {host_memory() / 1e9:.0f}; {remedy(s, room, host=host_memory())}")
     if needed <= room:
         return chosen
     if may:
@@ -313,13 +320,18 @@ def fitted(s):
             f"{room / 1e9:.0f}; its masters go to host memory (--no-offload: never)")
         return chosen
     raise ValueError(f"{phase} needs {needed / 1e9:.0f} GB of a GPU, and {room / 1e9:.0f} of this "
-                     f"one's {card() / 1e9:.0f} can be filled; {remedy(s, room)}")
+                     f"one's {card() / 1e9:.0f} can be filled; "
+                     f"{remedy(s, room, host=host_memory())}")
 
 
 def card():
     """Bytes of this process's GPU."""
     place = int(os.environ.get("LOCAL_RANK", 0))
     return torch.cuda.get_device_properties(place).total_memory
+
+
+def need_of_host(s, processes=PROCESSES):
+    return max(phase.host for phase in phases(s, processes).values())
 
 
 def host_memory():
@@ -334,25 +346,31 @@ def host_memory():
     return min(limits)
 
 
-def remedy(s, room, processes=PROCESSES, host=True):
-    """The flags that make a run fit, the cheapest first, each added to those before. host: whether
-    the host has the memory that --offload needs."""
+def remedy(s, room, processes=PROCESSES, host=math.inf):
+    """The flags that make a run fit into `room` bytes of a device, and under --offload into `host`
+    of the host, the cheapest first, each added to those before."""
     tree = trees_of(1, *micro_batch(s)[1:])[0].size.tokens
-    flags, s = [], replace(s, offload=bool(s.offload) and host)
-    for name, change in (
-            ("--offload", {"offload": host}),
-            ("--gradient-checkpointing", {"gradient_checkpointing": True}),
-            (f"--tokens-per-forward {tree}", {"tokens_per_forward": tree}),
-            ("--slots 16", {"slots": min(16, s.slots)}),
-            ("--lora-rank 16", {"lora_rank": s.lora_rank or 16})):
-        smaller = replace(s, **change)
-        if need(smaller, processes)[0] < need(s, processes)[0]:
-            s, flags = smaller, [*flags, name]
-        if need(s, processes)[0] <= room:
-            return f"it fits with {' '.join(flags)}"
-    for more in (2, 4, 8):
-        if more > processes and need(s, more)[0] <= room:
-            return f"it fits with {' '.join(flags)} under torchrun --nproc-per-node {more}"
+
+    def fits(run, processes):
+        return need(run, processes)[0] <= room and not (
+            run.offload and need_of_host(run, processes) > host)
+    for may_offload in (True, False):
+        run = replace(s, offload=bool(s.offload) and may_offload)
+        flags = ["--no-offload"] * (bool(s.offload) and not may_offload)
+        for name, change in (
+                ("--offload", {"offload": may_offload}),
+                ("--gradient-checkpointing", {"gradient_checkpointing": True}),
+                (f"--tokens-per-forward {tree}", {"tokens_per_forward": tree}),
+                ("--slots 16", {"slots": min(16, s.slots)}),
+                ("--lora-rank 16", {"lora_rank": s.lora_rank or 16})):
+            smaller = replace(run, **change)
+            if need(smaller, processes)[0] < need(run, processes)[0]:
+                run, flags = smaller, [*flags, name]
+            if fits(run, processes):
+                return f"it fits with {' '.join(flags)}"
+        for more in (2, 4, 8):
+            if more > processes and fits(run, more):
+                return f"it fits with {' '.join(flags)} under torchrun --nproc-per-node {more}"
     return "no flag makes it fit: take a smaller model, or shorter rows (--max-length)"
 
 

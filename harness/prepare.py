@@ -60,9 +60,9 @@ class Start:
         judge = self.judge
         if held_out:  # --length-penalty is for training
             judge = replace(self.eval_judge or judge, length_penalty=0.0)
-        kept = self.run.folder / "human_answers.jsonl" if judge.name == "human" else (
-            here / f"scores{PROCESS}.jsonl")
-        return functools.partial(judge, kept=judges.Kept(kept))
+        kept = judges.Kept(self.run.folder / "human_answers.jsonl") if judge.name == "human" else (
+            judges.Kept(here / f"scores{PROCESS}.jsonl", here.glob("scores*.jsonl")))
+        return functools.partial(judge, kept=kept)
 
     def also_samples(self, temperature):
         """Whether held-out prompts are answered at temperature 1 too, beside greedily: where that

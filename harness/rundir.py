@@ -220,12 +220,13 @@ class Run:
         name, entry, finished = self._name(path), describe(path), self._finished()
         entry |= {} if made_with is None else {"made with": made_with}
         if name in finished and finished[name] != entry:
-            later = list(finished)[list(finished).index(name):]
-            void = [x for x in later if EVALUATED.search(x)] if EVALUATED.search(name) else later
+            def is_void(other):
+                return not EVALUATED.search(name) or EVALUATED.search(other)
+            void = set(filter(is_void, list(finished)[list(finished).index(name):]))
             finished = {x: known for x, known in finished.items() if x not in void}
-            self.checked -= set(void)
+            self.checked -= void
             for part in [*self.folder.glob("*/*.part*"), *self.folder.glob("*/state")]:
-                if void == later or EVALUATED.search(self._name(part).partition(".part")[0]):
+                if is_void(self._name(part).partition(".part")[0]):
                     shutil.rmtree(part) if part.is_dir() else part.unlink()
         write_text(self.folder / FINISHED, json.dumps(finished | {name: entry}, indent=1))
         self.checked.add(name)

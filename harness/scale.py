@@ -12,6 +12,7 @@ Test: pytest tests/test_scale.py.
 import ctypes
 import gc
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ PROCESS = int(os.environ.get("RANK", 0))  # torchrun's names
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 COMING = timedelta(minutes=5)  # for all processes to be there
 PATIENCE = timedelta(hours=6)  # from then on: a judge or a disk may be slow while the others wait
+FILE = 2**30  # bytes of a checkpoint's file, about
 
 # ----------------------------------------------------------------------------------------------
 # 1. Acting as one
@@ -215,10 +217,14 @@ def save_checkpoint(folder, policy, optimizer, history):
     from torch.distributed import checkpoint
     folder, temporary, failure = Path(folder), Path(f"{folder}.tmp"), None
     only_first(shutil.rmtree, temporary, True)
+    state = _state(policy, optimizer)
+    # The writer makes a file's bytes before it writes them: of one file for all, all of them.
+    sizes = itertools.accumulate(value.numel() * value.element_size() for value in state.values())
+    files = {name: 1 + size // FILE for name, size in zip(state, sizes)}
     try:
         with warnings.catch_warnings(action="ignore"):  # it finds one process worth a warning
-            checkpoint.save(_state(policy, optimizer), storage_writer=(
-                checkpoint.HuggingFaceStorageWriter(str(temporary), save_distributed=True)))
+            checkpoint.save(state, storage_writer=checkpoint.HuggingFaceStorageWriter(
+                str(temporary), files, save_distributed=True))
     except (checkpoint.CheckpointException, OSError) as error:
         failure = _reason(error)
     failure = next(filter(None, gather(failure)), None)

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -16,7 +17,7 @@ import torch
 from conftest import ARCHITECTURES, ROOT, TEMPLATES, make_tokenizer
 
 import data as our_data
-from harness import ends, judges
+from harness import ends, judges, prepare
 from harness.judges import load_judge, with_length_penalty
 from harness.rundir import printable
 
@@ -276,8 +277,8 @@ def test_scores_that_other_processes_have_left_are_not_asked_for_again(counting,
     judge, asked = counting
     judge(MESSAGES, CANDIDATES, "abc", tmp_path / "scores7.jsonl")
     asked()
-    assert judge(MESSAGES, CANDIDATES, "abc", tmp_path / "scores0.jsonl") == LENGTHS
-    assert asked() == ""
+    start = prepare.Start(SimpleNamespace(folder=tmp_path), "", None, None, "", judge, [], [])
+    assert start.judging(tmp_path)(MESSAGES, CANDIDATES, "abc") == LENGTHS and asked() == ""
 
 
 def test_finished_scores_belong_to_one_judge_id_prompt_and_texts(counting, make_judge, tmp_path):
@@ -429,14 +430,12 @@ def test_scores_of_a_bf16_body_are_not_rounded_to_bf16(tmp_path, monkeypatch):
 
 
 def test_scores_that_a_user_names_are_not_mixed_with_their_neighbours(tmp_path):
-    """Alice's answers given for Bob's, or a judge's before it was mended: files of one name each,
-    but all called scores_*.jsonl. A phase's own files, one a process, are read together."""
+    """Alice's answers given for Bob's, or a judge's before it was mended, because both files are
+    called scores*.jsonl. A phase names what it reads beside its own."""
     row = {"prompt_id": "1", "question": "q", "scores": [1.0, 2.0]}
-    judges.Kept(tmp_path / "scores_alice.jsonl").add([row])
-    judges.Kept(tmp_path / "scores0.jsonl").add([row | {"question": "r"}])
-    assert judges.Kept(tmp_path / "scores_bob.jsonl").scores == {}
-    assert judges.Kept(tmp_path / "scores_alice.jsonl").scores == {"q": [1.0, 2.0]}
-    assert judges.Kept(tmp_path / "scores1.jsonl").scores == {"r": [1.0, 2.0]}
+    judges.Kept(tmp_path / "scores1.jsonl").add([row])
+    assert judges.Kept(tmp_path / "scores2.jsonl").scores == {}
+    assert judges.Kept(tmp_path / "scores2.jsonl", tmp_path.glob("*")).scores == {"q": [1.0, 2.0]}
 
 
 @pytest.mark.parametrize("architecture, pad, bos", [

@@ -93,13 +93,16 @@ def parameters(hidden=256, inner=896, layers=8, vocabulary=32000, heads=8, kv_he
 def test_weights_gradient_and_moments_are_those_of_a_closed_form(tmp_path):
     """A tied embedding that is counted twice; moments or masters in bf16; shares of N processes
     that each hold all; with --offload something of the optimiser on the GPU, or less on the host
-    than 4 + 4 + 8 bytes a weight."""
+    than 4 + 4 + 8 bytes a weight; blocks of pinned memory that are taken for their contents."""
     n, s = parameters(), recipe(tmp_path, "--no-offload")
     for processes in (1, 4):
         p = plan.phases(s, processes)["training"]
         assert [p.weights, p.gradient, p.optimiser] == [x * n / processes for x in (4, 4, 8)]
     p = plan.phases(replace(s, offload=True))["training"]
-    assert [p.weights, p.gradient, p.optimiser, p.host] == [2 * n, 4 * n, 0, 16 * n]
+    sizes = 8 * (2 * [256 * 256] + 2 * [64 * 256] + 3 * [896 * 256] + 2 * [256]) + [32000 * 256, 256]
+    assert sum(sizes) == n
+    blocks = sum(1 << (4 * size - 1).bit_length() for size in sizes)
+    assert [p.weights, p.gradient, p.optimiser, p.host] == [2 * n, 4 * n, 0, 2 * blocks + 8 * n]
     p = plan.phases(replace(s, eval_prompts=0))["sampling"]
     assert p.weights == pytest.approx(2 * n, abs=1000)  # and a table of rotary frequencies
 
@@ -150,9 +153,14 @@ def test_offload_is_turned_on_where_it_alone_makes_a_gpu_large_enough(
     with pytest.raises(ValueError, match="fits with .*--offload"):
         plan.fitted(replace(s, offload=False))
     monkeypatch.setattr(plan, "host_memory", lambda: 10**8)
-    with pytest.raises(ValueError, match="needs .* GB of host memory.* without --offload") as error:
+    with pytest.raises(ValueError, match="--offload needs .* GB of host memory") as error:
         plan.fitted(s)
-    assert "--offload" not in str(error.value).partition("without --offload ")[2]
+    assert "--offload" not in str(error.value).partition("fits with ")[2]
+    with pytest.raises(ValueError, match="of a GPU.* fits with") as error:
+        plan.fitted(replace(s, offload=False))
+    assert "--offload" not in str(error.value).partition("fits with ")[2]
+    with pytest.raises(ValueError, match="host memory.* fits with --no-offload"):
+        plan.fitted(replace(s, offload=True))
     on_cpu = replace(s, device="cpu", offload=False)
     assert plan.fitted(on_cpu) is on_cpu
 

@@ -361,6 +361,10 @@ def test_another_evaluation_voids_evaluations_and_no_training(tmp_path):
     after = go_on()
     assert [name for name in before if after[name] == before[name]] == ["iter_1/pairs"]
     assert [path.name for path in (tmp_path / "iter_2").iterdir()] == ["state"]
+    (tmp_path / "iter_2/samples.jsonl.part0of1").write_text('{"prompt_id": "1"}\n')
+    (tmp_path / "iter_1/duels.jsonl").unlink()  # now the last of the record
+    go_on()
+    assert len(list((tmp_path / "iter_2").iterdir())) == 2
 
 
 def test_what_was_made_with_other_settings_is_made_again(tmp_path):

@@ -57,8 +57,13 @@ def test_nothing_in_a_checkpoint_can_run_code(tmp_path):
     assert {path.suffix for path in (tmp_path / "000001").iterdir()} == {".safetensors", ".json"}
 
 
-def test_a_checkpoint_brings_back_weights_moments_and_steps_of_tied_weights_too(tmp_path):
-    """A resumed AdamW that starts its moments over; a tied head that is saved twice, or not."""
+@pytest.mark.parametrize("file_bytes", [2**30, 50_000])
+def test_a_checkpoint_brings_back_weights_moments_and_steps_of_tied_weights_too(
+        file_bytes, tmp_path, monkeypatch):
+    """A resumed AdamW that starts its moments over; a tied head that is saved twice, or not; files
+    whose bytes are made in memory before they are written, all at once."""
+    monkeypatch.setattr(scale, "FILE", file_bytes)
+
     def make():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, tie_word_embeddings=True))
@@ -74,6 +79,8 @@ def test_a_checkpoint_brings_back_weights_moments_and_steps_of_tied_weights_too(
     for seed in range(3):
         update(*straight, seed)
     scale.save_checkpoint(tmp_path / "000003", *straight, [])
+    files = [file.stat().st_size for file in (tmp_path / "000003").glob("*.safetensors")]
+    assert len(files) == 1 if file_bytes == 2**30 else len(files) > 3 and max(files) < 3 * file_bytes
     scale.load_checkpoint(tmp_path / "000003", *resumed)
     for policy in (straight, resumed):
         update(*policy, 3)
