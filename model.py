@@ -165,7 +165,7 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
     def attend(q, k, v):
         """Queries of the last n of m tokens attend causally to the m: -> (1, n, A, D)."""
         mask = (causal_lower_right if window is None else partial(_causal_window, window, q.device))
-        if not _takes_groups(q, window):
+        if not _takes_groups(q.is_cuda, q.dtype, window):
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q.shape[2], k.shape[2]),
                                               scale=scaling, enable_gqa=True).transpose(1, 2)
@@ -184,10 +184,10 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
     return torch.cat(outputs, dim=1), None  # (1, T, A, D)
 
 
-def _takes_groups(q, window):
+def _takes_groups(cuda, dtype, window):
     """Whether there is a kernel for fewer heads of keys than of queries that does not hold all
     scores, (A, n, m). On CUDA it is flash attention alone, which takes neither masks nor fp32."""
-    return not q.is_cuda or window is None and q.dtype != torch.float32
+    return not cuda or window is None and dtype != torch.float32
 
 
 def _causal_window(window, device, n, m):

@@ -96,6 +96,7 @@ def counting(device):
     matrices."""
     gpu, live = device == "cuda", Live()
     bias = causal_upper_left if gpu else policies.causal_lower_right
+    takes_groups = policies._takes_groups
 
     def made_outside(*size):  # a tensor subclass of its own, which could not be made a fake
         with _disable_current_modes():
@@ -104,11 +105,9 @@ def counting(device):
     def matmul_fp32(a, b, out=None):
         return a.new_empty(len(a), b.shape[1], dtype=torch.float32) if out is None else out
 
-    def takes_groups(q, window):
-        return not gpu or window is None and q.dtype != torch.float32
-
     with (mock.patch.object(policies, "causal_lower_right", made_outside),
-          mock.patch.object(policies, "_takes_groups", takes_groups),
+          mock.patch.object(policies, "_takes_groups",
+                            lambda _, dtype, window: takes_groups(gpu, dtype, window)),
           mock.patch.object(selm, "_matmul_fp32", matmul_fp32 if gpu else selm._matmul_fp32),
           FakeTensorMode(allow_non_fake_inputs=True), live):
         yield live

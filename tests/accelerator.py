@@ -3,9 +3,9 @@
     python tests/accelerator.py '[["--model", ...], ...]'     train_loop.py on that device, once for
                                                               each list of arguments
 
-A tensor of it and one of the CPU cannot be added, indexed by each other or written into one
-another, as with a GPU; `torch.arange(n)` without its device, or weights that were left behind, are
-errors here too. `is_cuda` says yes, so that selm.py takes its way with `out_dtype`. What it is not:
+A tensor of it and one of the CPU cannot be added or joined, nor one of the CPU be indexed by it, as
+with a GPU; `torch.arange(n)` without its device, or weights that were left behind, are errors
+here too. `is_cuda` says yes, so that selm.py takes its way with `out_dtype`. What it is not:
 fast, asynchronous (a copy that nobody waits for), or of other numbers than the CPU's.
 
 How: torch's slot for devices of strangers ("privateuseone", here "gpu") with no kernels but the few
@@ -37,6 +37,8 @@ with mock.patch.object(torch, "inference_mode", torch.no_grad):
 
 aten = torch.ops.aten
 COPIES = {aten.copy_.default, aten._to_copy.default}  # may have tensors of two devices
+STRICT = {aten.cat.default, aten.stack.default, aten.index_select.default, aten.gather.default,
+          aten.take.default, aten.embedding.default}  # take no CPU tensor, be it a mere number
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
 WIDE = {aten.mm.dtype, aten.mm.dtype_out}  # mm with an output wider than its inputs
 used = set()  # the operations that this process has done on the device
@@ -111,10 +113,10 @@ def run(function, args, kwargs):
     """Does an operation on the CPU. RuntimeError where a GPU would have refused it."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     ours = [x for x in tensors if isinstance(x, Accelerated)]
-    # Numbers are welcome everywhere, and a GPU's tensor may be indexed by the CPU's.
+    # Numbers (0-d) are welcome nearly everywhere, and a GPU's tensor may be indexed by the CPU's.
     must_agree = tree_leaves([args[0], *args[2:]]) if function in INDEXING else tensors
-    strangers = [x for x in must_agree if isinstance(x, torch.Tensor) and x.dim()
-                 and not isinstance(x, Accelerated)]
+    strangers = [x for x in must_agree if isinstance(x, torch.Tensor)
+                 and not isinstance(x, Accelerated) and (x.dim() or function in STRICT)]
     if ours and strangers and function not in COPIES:
         raise RuntimeError(f"{function}: tensors on two devices")
     on_device = bool(ours)

@@ -28,7 +28,7 @@ def runs(command, pairrm, tmp_path):  # noqa: F811
             "plain": ["--plain-rows", "--pairs", "reference", "--reference", "initial",
                       "--ranker", f"reward:{save_reward_model(tmp_path / 'reward')}"],
             "bf16": ["--dtype", "bf16"],
-            "bf16 offloaded": ["--dtype", "bf16", "--offload", "--eval-prompts", "0"],
+            "bf16 offloaded": ["--dtype", "bf16", "--offload"],
             "bf16 plain": ["--dtype", "bf16", "--plain-rows", "--lora-rank", "2",
                            "--eval-prompts", "0"]}
     runs = {name: [*command, "--iterations", "1", *more] for name, more in runs.items()}
@@ -49,16 +49,19 @@ def test_the_loop_on_another_device_gives_the_numbers_of_the_cpu(runs, tmp_path)
     bf16 a call of mm that CUDA would refuse, two dtypes where autocast does not cast."""
     for name, flags in runs.items():
         here, there = tmp_path / "cpu" / name, tmp_path / "device" / name
-        if "bf16" in name:  # no number to compare: products are cast elsewhere
-            assert training(there)[0]["dpo_loss"] == pytest.approx(0.6931, abs=1e-3)
+        if "bf16" in name:  # on a CPU other products are in bf16
             continue
         train_loop.main([*(flag for flag in flags if flag != "--offload"), "--run-dir", str(here)])
         assert_same_run(here, there)
+    plain, offloaded = (training(tmp_path / "device" / name) for name in ("bf16", "bf16 offloaded"))
+    for expected, got in zip(plain, offloaded, strict=True):
+        for name in ("loss", "grad_norm", "reward_margin"):
+            assert got[name] == pytest.approx(expected[name], abs=2e-3, rel=0.01)
 
 
 def assert_same_run(here, there):
     """To rounding: the same samples, pairs, losses and weights."""
-    for file in sorted(here.glob("*/[sp]*.jsonl")):  # samples, of both models; pairs
+    for file in sorted([*here.glob("*/*samples.jsonl"), *here.glob("*/pairs.jsonl")]):
         for expected, got in zip(rows(file), rows(there / file.relative_to(here)), strict=True):
             for row in (expected, got):  # equal to the last digits alone
                 row["scores"] = [c.pop("score") for c in row.get("candidates", [])]
@@ -77,14 +80,12 @@ def test_two_processes_on_such_devices_give_the_run_of_one_on_the_cpu(
     """Shards, collectives or checkpoints of FSDP2 that are looked for on the CPU; the norm of a
     gradient whose shares lie on two devices; policies that are saved from there."""
     flags = [*command, "--iterations", "1", "--epochs", "2", "--save-every", "1"]
-    process = launch(ROOT / "tests/accelerator.py", json.dumps([
-        [*flags, flag, "--run-dir", str(tmp_path / flag)] for flag in ("--offload", "--no-offload")
-    ]))
-    output = process.communicate(timeout=240)
+    process = launch(ROOT / "tests/accelerator.py",
+                     json.dumps([[*flags, "--run-dir", str(tmp_path / "device")]]))
+    output = process.communicate(timeout=120)
     assert process.returncode == 0, output[1][-3000:]
     train_loop.main([*flags, "--run-dir", str(tmp_path / "cpu")])
-    for flag in ("--offload", "--no-offload"):
-        assert_same_run(tmp_path / "cpu", tmp_path / flag)
+    assert_same_run(tmp_path / "cpu", tmp_path / "device")
 
 
 def test_the_device_refuses_what_a_gpu_refuses():
@@ -96,11 +97,12 @@ def test_the_device_refuses_what_a_gpu_refuses():
               "    assert (a[i] + 1).tolist() == [2.0] and a.device.type == 'gpu'\n"
               "    for fault in (lambda: a + torch.ones(3), lambda: torch.ones(3)[i.to('gpu')],\n"
               "                  lambda: a.index_put_((i,), torch.ones(1)),\n"
-              "                  lambda: torch.cat((a, torch.ones(3)))):\n"
+              "                  lambda: torch.cat((a, torch.ones(3))),\n"
+              "                  lambda: torch.stack((a[0], torch.tensor(1.)))):\n"
               "        try:\n"
               "            fault()\n"
               "        except RuntimeError as error:\n"
               "            print(error)\n")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "tests", text=True,
                           capture_output=True)
-    assert done.stdout.count("tensors on two devices") == 4, done.stdout + done.stderr
+    assert done.stdout.count("tensors on two devices") == 5, done.stdout + done.stderr

@@ -81,6 +81,8 @@ def test_what_a_gpu_has_to_show_runs_and_is_right_on_a_cpu(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         gpu.main(["--rehearse", "products"])
     assert end.value.code == 0 and "products   ok" in capsys.readouterr().out
+    monkeypatch.setattr(gpu.sample.SlotCache, "move", lambda *_: None)
+    assert gpu.sampling("cpu", True)["ok"] is False
     monkeypatch.setattr(gpu.selm, "token_logps", lambda h, w, t, **_: (h @ w.t()).gather(
         1, t[:, None]).squeeze(1))
     assert gpu.products("cpu", True)["ok"] is False
