@@ -82,17 +82,17 @@ def products(device, _):
     return {"relative errors": errors, "ok": max(errors) < 0.02}
 
 
-def attention(device, _):
+def attention(device, rehearse):
     """harness/architectures.py's own check, which raises where a log-prob is off; and gradients as
     in training: fp32 weights, and autocast for bf16."""
-    found, far = {}, {}
+    found, far, hidden = {}, {}, 64 if rehearse else 512
     for kind, dtype in itertools.product(("grouped heads", "window"),
                                          (torch.float32, torch.bfloat16)):
         def make(window=48 if kind == "window" else None):
             torch.manual_seed(0)
             return AutoModelForCausalLM.from_config(
-                MistralConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=4,
-                              num_attention_heads=8, num_key_value_heads=2, vocab_size=5000,
+                MistralConfig(hidden_size=hidden, intermediate_size=2 * hidden, vocab_size=5000,
+                              num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
                               sliding_window=window), attn_implementation="selm_tree").eval()
         trees = [data.Tree([3 + i] * 20, [[9 + i] * 30, [7, 8] * 20], 0, 1, []) for i in range(3)]
         found[f"{kind}, {dtype}, nats"] = architectures.self_check(
@@ -110,10 +110,11 @@ def attention(device, _):
                                       for name, error in far.items())}
 
 
-def sampling(device, _):
+def sampling(device, rehearse):
     """32 prompts of 5 to 36 tokens, responses of 8 to 47, so that rows of the cache move. A near
     tie may tip, as the products have other shapes."""
-    lm = random_model(configure((256, 512, 4, 8, 2, 5000)), device=device).eval()
+    hidden = 64 if rehearse else 256
+    lm = random_model(configure((hidden, 2 * hidden, 4, 8, 2, 5000)), device=device).eval()
     lm.set_attn_implementation("sdpa")
     prompts = [[3 + (i * 7 + j) % 4000 for j in range(5 + i)] for i in range(32)]
     limits, equal = [8 + i * 11 % 40 for i in range(32)], 0
@@ -130,7 +131,7 @@ def sampling(device, _):
 def offload(device, rehearse):
     """What differs is where AdamW's steps and the sums are computed. (Not the farthest weight:
     where a gradient is nearly zero, its rounding decides Adam's whole step.)"""
-    shape, apart = (256, 512, 4, 8, 2, 5000) if rehearse else (1024, 2816, 4, 16, 4, 8000), {}
+    shape, apart = (64, 128, 2, 4, 2, 500) if rehearse else (1024, 2816, 4, 16, 4, 8000), {}
     for dtype in "fp32", "bf16":
         ends = []
 

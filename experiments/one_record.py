@@ -8,7 +8,6 @@ recomputes its log-probs, loss and signs with textbook.py and plain arithmetic.
 """
 
 import json
-import math
 import sys
 import tempfile
 from pathlib import Path

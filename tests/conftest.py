@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that waits for a hub's time-out helps nobody
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

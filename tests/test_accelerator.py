@@ -20,18 +20,18 @@ from test_train_loop import (  # noqa: F401 (command: a fixture)
 @pytest.fixture
 def runs(command, pairrm, tmp_path):  # noqa: F811
     """name -> flags of a run, all done on the device, at tmp_path / "device" / name."""
-    runs = {"packed": ["--top-p", "0.9", "--iterations", "2",
+    runs = {"packed": ["--top-p", "0.9", "--iterations", "2", "--eval-prompts", "2",
                        "--ranker", f"pairrm:{save_pairrm(pairrm, tmp_path / 'PairRM')}"],
             "offloaded": ["--offload", "--gradient-checkpointing", "--temperature", "0",
                           "--model", write_model(tmp_path / "mistral", "mistral")],
-            "lora": ["--offload", "--lora-rank", "2", "--eval-prompts", "0"],
+            "lora": ["--offload", "--lora-rank", "2"],
             "plain": ["--plain-rows", "--pairs", "reference", "--reference", "initial",
                       "--ranker", f"reward:{save_reward_model(tmp_path / 'reward')}"],
             "bf16": ["--dtype", "bf16"],
             "bf16 offloaded": ["--dtype", "bf16", "--offload"],
-            "bf16 plain": ["--dtype", "bf16", "--plain-rows", "--lora-rank", "2",
-                           "--eval-prompts", "0"]}
-    runs = {name: [*command, "--iterations", "1", *more] for name, more in runs.items()}
+            "bf16 plain": ["--dtype", "bf16", "--plain-rows", "--lora-rank", "2"]}
+    runs = {name: [*command, "--iterations", "1", "--eval-prompts", "0", *more]
+            for name, more in runs.items()}
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/accelerator.py"), json.dumps([
             [*flags, "--run-dir", str(tmp_path / "device" / name)]
