@@ -223,6 +223,7 @@ def pretended():
     with ExitStack() as stack:
         for owner, name, stand_in in (
                 (settings, "read", lambda argv: replace(read(argv), device="gpu")),
+                (train_loop.command, "finish", lambda *_: None),  # figures need no accelerator
                 (policies, "causal_lower_right", plain_bias),
                 (weights, "_write_policy", write_from_cpu),
                 (scale, "_backend", lambda device: "cpu:gloo,gpu:gloo"),
