@@ -334,7 +334,8 @@ def need_of_host(s, processes=PROCESSES):
 
 
 def host_memory():
-    """Bytes of this machine, or of the container that this runs in."""
+    """Bytes of this machine, or of the container that this runs in; of several machines that share
+    the processes, of all, were they like this one."""
     try:
         limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -342,7 +343,7 @@ def host_memory():
         return math.inf
     except (OSError, ValueError):  # no container, or "max"
         pass
-    return min(limits)
+    return min(limits) * PROCESSES / int(os.environ.get("LOCAL_WORLD_SIZE", PROCESSES))
 
 
 def remedy(s, room, processes=PROCESSES, host=math.inf):

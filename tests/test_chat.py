@@ -35,7 +35,7 @@ def test_the_prompt_command_prints_one_answer(folder, capsys):
 
 
 def test_an_answer_is_what_a_judge_reads_of_it(folder, tmp_path, capsys, monkeypatch):
-    """The name of a channel, or a thought, in outputs for AlpacaEval: training never judged them."""
+    """The name of a channel, or a thought, in outputs for AlpacaEval: no judge has read them."""
     said = make_tokenizer("chatml")("<think>so</think>\n\nthe moon<|im_end|>",
                                     add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(sample, "generate", lambda *_, **__: [said])
