@@ -87,8 +87,8 @@ class World:
         start = start or self.start
         s = settings.read(["--model", "toy", "--run-dir", str(folder), "--eval-prompts", "0",
                            "--iterations", str(len(start.portions)), "--seed", str(self.seed)])
-        if "lr" in changes:
-            changes["lr"] = (changes["lr"],) * len(start.portions)
+        # A constant rate, so that all iterations of an experiment are trained alike.
+        changes["lr"] = (changes.get("lr", 6e-3),) * len(start.portions)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), (
                 contextlib.redirect_stderr(nowhere)):
             train_loop.self_explore(rundir.Run(folder), start, replace(s, **changes))

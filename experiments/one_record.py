@@ -24,10 +24,11 @@ import selm  # noqa: E402
 import train_loop  # noqa: E402
 from harness import rows, toy  # noqa: E402
 from harness.rundir import write_jsonl, write_text  # noqa: E402
+from harness.settings import RECIPES  # noqa: E402
 from harness.template import ChatFormat  # noqa: E402
 from model import Policy  # noqa: E402
 
-ALPHA, BETA, NUMBER = 0.3, 1.0, 1
+ALPHA, BETA, NUMBER = RECIPES["toy"]["alpha"], RECIPES["toy"]["beta"], 1
 LIMITS = dict(max_prompt_length=32, max_length=64)
 
 

@@ -27,6 +27,7 @@ EVAL_COLUMNS = {
 # Of two words they say nothing, or what true measures say better.
 NOT_THE_TOYS = ("score", "score_at_temperature_1", "lc_win_rate", "preference_accuracy",
                 "response_tokens", "finished")
+STUCK = 0.05  # nats: what an answer's log-prob moves by where an iteration has taught nothing
 
 
 def rows_of(folder, phase):
@@ -112,16 +113,19 @@ def warnings_of(counts, before, updates, evaluated):
 
 
 def standstill(folder, iteration):
-    """A warning if nearly all held-out answers are those of the iteration before."""
+    """A warning if nearly all held-out answers are those of the iteration before, and as likely as
+    before: a greedy answer may stay the likeliest one while the policy learns."""
     def answers(k):
         path = Path(folder) / f"iter_{k}" / "eval.jsonl"
-        return {row["prompt_id"]: row["response"] for _, row in read_jsonl(path)
-                } if path.exists() else {}
+        return {row["prompt_id"]: (row["response"], row["policy_logps"][2])
+                for _, row in read_jsonl(path)} if path.exists() else {}
     now, old = answers(iteration), answers(iteration - 1)
-    same = sum(now[p] == old.get(p) for p in now)
-    if old and same > 0.9 * len(now):
-        yield (f"{same / len(now):.0%} of the held-out responses are those of the last iteration: "
-               "the policy is stuck; raise --lr or lower --beta")
+    moves = [abs(logp - old[prompt_id][1]) for prompt_id, (text, logp) in now.items()
+             if prompt_id in old and old[prompt_id][0] == text]
+    if len(moves) > 0.9 * len(now) and (moved := sum(moves) / len(moves)) < STUCK:
+        yield (f"{len(moves) / len(now):.0%} of the held-out responses are those of the last "
+               f"iteration, and their log-probs moved by {moved:.2g} nats: the policy is stuck; "
+               "raise --lr or lower --beta")
 
 
 # ----------------------------------------------------------------------------------------------

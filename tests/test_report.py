@@ -9,12 +9,13 @@ from harness import report
 from harness.rundir import read_jsonl, write_jsonl
 
 
-def make_run(folder, iteration=1, tokens=10, accuracy=0.7, logratio=-1.0, text="fresh", evals=None,
-             **counts):
+def make_run(folder, iteration=1, tokens=10, accuracy=0.7, logratio=-1.0, text="fresh", logp=-3.0,
+             evals=None, **counts):
     """A run folder with ten prompts in one iteration, as train_loop.py would leave it."""
     (folder / f"iter_{iteration}").mkdir(parents=True)
     write_jsonl(folder / f"iter_{iteration}/eval.jsonl", [
-        {"prompt_id": str(i), "response": f"{text} {i}"} for i in range(10)])
+        {"prompt_id": str(i), "response": f"{text} {i}", "policy_logps": [-9.0, -9.0, logp]}
+        for i in range(10)])
     old = [r for _, r in read_jsonl(folder / "metrics.jsonl")] if iteration > 1 else []
     counts = dict(prompts=10, pairs=8, equal=2, dropped={}, sampled=10, sampled_best=4,
                   sampled_worst=0, cut=0, cut_by_max_length=0, empty=0, tokens=10 * tokens) | counts
@@ -73,12 +74,14 @@ def test_an_alpha_whose_share_of_the_gradient_says_nothing_or_all_is_named(share
 
 
 def test_growth_and_standstill_are_seen_across_iterations(tmp_path):
-    """Length that grows by a third an iteration; a policy that repeats itself word for word."""
+    """Length that grows by a third an iteration; a policy that repeats itself word for word. One
+    whose likeliest answers stay, but become likelier, learns and is not stuck."""
     make_run(tmp_path, 1, tokens=10)
     grown = report.summary(make_run(tmp_path, 2, tokens=14, text="other"), 2)[1:]
     assert len(grown) == 1 and "10 -> 14 tokens" in grown[0]
     stuck = report.summary(make_run(tmp_path, 3, tokens=14, text="other"), 3)[1:]
     assert len(stuck) == 1 and "100% of the held-out responses are those" in stuck[0]
+    assert not report.summary(make_run(tmp_path, 4, tokens=14, text="other", logp=-2.9), 4)[1:]
 
 
 def test_the_table_averages_over_seeds_and_shows_the_start_once(tmp_path):

@@ -1,0 +1,111 @@
+"""Does the default run break down, on any processor? Its seeds, each at several instruction sets.
+
+    python experiments/breakdown.py            seeds 0..19 at three instruction sets: 25 minutes
+    python experiments/breakdown.py --seeds 5 --flags "--alpha 0.3 --lr 6e-3"      another setting
+
+The same command gives other last digits on another processor, and a run that is near a cliff may
+fall there and not here. So each seed runs at each of the instruction sets that this processor has.
+A run breaks down where more than BROKEN of its replies are invalid, or where it is more than FAR
+nats from the start. Prints a table and the paired differences; exit code 1 if a seed breaks down or
+warns. Run it before the toy's settings change.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common import ROOT, cell, markdown
+
+from harness.report import rows_of
+
+SETS = {  # name -> the variables that choose it; "native" is whatever the processor offers
+    "native": {},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+             "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "default": {"ATEN_CPU_CAPABILITY": "default"}}
+BROKEN, FAR = 0.05, 8.0
+MEASURES = {"true_reward": "true reward", "true_share_good": "true reward > 0.75",
+            "true_kl": "KL, nats", "true_invalid": "invalid replies"}
+
+
+def run(home, flags, job):
+    """One seed at one instruction set -> {"rows": {arm: evaluations}, "warnings": lines}."""
+    name, seed = job
+    folder = Path(home) / f"{name}_{seed}"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_loop.py"), "--run-dir", str(folder), "--seeds", "1",
+         "--seed", str(seed), *flags], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | SETS[name])
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return {"rows": {arm: rows_of(here, "eval")[1:]
+                     for arm, here in (("SELM", folder), ("DPO", folder / "baseline"))},
+            "warnings": re.findall(r"warning: (.*)", done.stdout)}
+
+
+def measure(flags, seeds, jobs):
+    """{instruction set: [run of seed 0, 1, ...]}"""
+    wanted = list(itertools.product(SETS, range(seeds)))
+    with tempfile.TemporaryDirectory() as home, ThreadPoolExecutor(jobs) as pool:
+        runs = list(pool.map(lambda job: run(home, flags, job), wanted))
+    found = {name: [] for name in SETS}
+    for (name, _), result in zip(wanted, runs):
+        found[name].append(result)
+    return found
+
+
+def faults(results):
+    """A line for each seed that broke down or warned."""
+    for name, runs in results.items():
+        for seed, result in enumerate(runs):
+            for arm, rows in result["rows"].items():
+                worst, far = (max(row[m] for row in rows) for m in ("true_invalid", "true_kl"))
+                if worst > BROKEN or far > FAR:
+                    yield (f"{name}, seed {seed}, {arm}: breaks down ({worst:.0%} invalid, "
+                           f"{far:.1f} nats from the start)")
+            yield from (f"{name}, seed {seed}: {line}" for line in result["warnings"])
+
+
+def table(results):
+    """A row for each instruction set, arm and iteration; then SELM minus DPO, within seeds."""
+    head = ["instructions", "arm", "iteration", *MEASURES.values(), "farthest seed, nats",
+            "most invalid"]
+    lines = []
+    for name, runs in results.items():
+        for k in range(len(runs[0]["rows"]["DPO"])):
+            at_k = {arm: [result["rows"][arm][k] for result in runs] for arm in ("DPO", "SELM")}
+            for arm, rows in at_k.items():
+                lines.append([name, arm, k + 1,
+                              *(cell([row[m] for row in rows], False) for m in MEASURES),
+                              f"{max(row['true_kl'] for row in rows):.2f}",
+                              f"{max(row['true_invalid'] for row in rows):.1%}"])
+            pairs = list(zip(at_k["SELM"], at_k["DPO"]))
+            lines.append([name, "SELM - DPO", k + 1,
+                          *(cell([a[m] - b[m] for a, b in pairs]) for m in MEASURES), "", ""])
+    return markdown(head, lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Does the default run break down?")
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--flags", default="", help="of train_loop.py, in one string")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write the runs there, as JSON")
+    args = parser.parse_args(argv)
+    results = measure(args.flags.split(), args.seeds, args.jobs)
+    if args.out:
+        args.out.write_text(json.dumps(results))
+    found = list(faults(results))
+    print(table(results), f"{len(found)} faults", *found, sep="\n")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
