@@ -18,7 +18,9 @@ OUT_OF_MEMORY = ("lower --tokens-per-forward (training) or --slots (sampling), o
 
 def one_line(error):
     """Without control characters: an error may quote a stranger's file, and steer no terminal."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    # Validators put the reason into the next line.
+    line = f"{first} {more[0].strip()}" if more and first.endswith(":") else first
     return "".join(character for character in line if character.isprintable())
 
 

@@ -83,6 +83,11 @@ class Start:
 def read_inputs(s):
     """Inputs of the settings s, cheap ones first; writes nothing. ValueError if it cannot work."""
     chat = None if s.variant else read_model(s)
+    if s.variant and s.max_length > toy.CONTEXT:
+        raise ValueError(f"--max-length {s.max_length} exceeds the context of the toy's model, "
+                         f"{toy.CONTEXT}")
+    if s.chat_template and not Path(s.chat_template).is_file():
+        raise ValueError(f"--chat-template {s.chat_template}: no such file")
     load = functools.partial(judges.load_judge, device=s.device, seed=s.seed,
                              progress=PROCESS == 0,
                              oracle=toy.oracle(s.variant) if s.variant else None)
@@ -165,6 +170,7 @@ def check_model(s, chat, records):
              for row in records[:2]]
     dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
     model = weights.load_model(s.model, dtype, s.device, s.compute.attention)
+    weights.check_saved_form(model, s.model)
     architectures.self_check(policies.Policy(model), data.pad if s.plain_rows else data.pack, trees,
                         s.max_length, packed=not s.plain_rows)
     serve = architectures.choose_sampler(

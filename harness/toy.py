@@ -64,6 +64,7 @@ GOOD_REWARD = 0.75  # `share_good` counts the replies above it
 
 SFT_STEPS, SFT_BATCH, SFT_LR = 400, 32, 5e-3
 TRAIN_ROWS = 3 * 512  # three iterations of 512 prompts
+CONTEXT = 64  # tokens of prompt + reply that its model has positions for
 MAX_REPLY_TOKENS = 8  # a reply needs 3; a policy that does not stop by then has left the language
 
 
@@ -177,7 +178,7 @@ def make_model(tokenizer, width=64):
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), initializer_range=0.1,  # 0.02 is for wide layers, and slow here
         hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=True,
+        num_attention_heads=4, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
 

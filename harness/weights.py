@@ -6,6 +6,7 @@ Test: pytest tests/test_architectures.py tests/test_gguf.py.
 import ctypes
 import functools
 import gc
+import json
 import os
 import re
 import shutil
@@ -33,14 +34,20 @@ def load_policy(path, compute):
     """To train: fp32 master weights; several processes, or --offload, share them out (FSDP2)."""
     load_frozen.cache_clear()  # its memory is needed
     sharded = collect_cycles(compute)
+
+    def load():
+        return load_model(path, torch.float32, "cpu" if sharded else compute.device,
+                          compute.attention)
+    # Process 0 alone holds all weights, and hands them out: eight copies fill a host. The others
+    # tie their head if it has: a file with two matrices is loaded as two, whatever its config says.
     model = failure = None
-    try:  # process 0 alone holds all weights, and hands them out: eight copies fill a host
-        model = (load_model(path, torch.float32, "cpu" if sharded else compute.device,
-                            compute.attention) if PROCESS == 0 else
-                 empty_model(path, compute.attention))
+    try:
+        model = load() if PROCESS == 0 else None
     except ValueError as error:
         failure = error
     scale.raise_everywhere(failure)  # nobody waits for a slice that never comes
+    tied = scale.told(model and is_tied(model))
+    model = model or empty_model(path, compute.attention, tied=tied)
     if compute.lora_rank:
         model = scale.add_lora(model, compute.lora_rank)
     policy = Policy(model, compute.gradient_checkpointing,
@@ -79,19 +86,22 @@ def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
     """
     try:
         name, options = _source(path)
+        config = _model_config(name, options)
         # Straight to a GPU: eight processes with a copy each on its way there fill a host.
         place = torch.device(device)
         if place == torch.device("cuda"):  # which of them is this process's
             place = torch.device("cuda", torch.cuda.current_device())
         place = {} if place.type == "cpu" else {"device_map": {"": place}}
         # ignore_mismatched_sizes: to name the tensors, where transformers only says that some are.
-        model, info = _auto_class(name, options).from_pretrained(
+        model, info = _auto_class(config, options).from_pretrained(
             name, **options, **place, dtype=dtype, attn_implementation="eager",
             use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
         _check_weights(model, info)
     except Exception as error:
         raise ValueError(f"--model {path}: could not be loaded as a causal language model "
                          f"({type(error).__name__}: {one_line(error)})") from None
+    # Two matrices in the file are loaded as two, even where the config says that they are tied.
+    model.config.get_text_config().tie_word_embeddings = is_tied(model)
     if "gguf_file" in options:  # else transformers refuses to save what was quantised once
         model.is_quantized, model.hf_quantizer = False, None
         for name in ("quantization_config", "_pre_quantization_dtype"):
@@ -104,16 +114,39 @@ def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
     return _ready(model.to(device), attention)
 
 
-def empty_model(path, attention, dtype=torch.float32):
+def empty_model(path, attention, dtype=torch.float32, tied=None):
     """The same architecture with weights that hold nothing: memory that is promised and, as nobody
-    touches it, never given. Buffers are computed as in a real one."""
+    touches it, never given. Buffers are computed as in a real one. tied: whether head and
+    embeddings are one matrix; None: what the config says."""
     name, options = _source(path)
-    config = AutoConfig.from_pretrained(name, **options)
+    config = _model_config(name, options)
+    if tied is not None:
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = tied
     with no_init_weights():
-        model = _auto_class(name, options).from_config(
+        model = _auto_class(config, options).from_config(
             config, dtype=dtype, attn_implementation="eager")
     model.tie_weights()
     return _ready(model, attention)
+
+
+def is_tied(model):
+    """Whether a model's head and its embeddings are one matrix."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def check_saved_form(model, path):
+    """ValueError where a policy of this model could not be loaded again: transformers may load
+    weights in another form than a fresh model of the config has (gpt-oss from MXFP4)."""
+    ours, fresh = ({name: tuple(value.shape) for name, value in m.state_dict().items()}
+                   for m in (model, empty_model(path, "eager", tied=is_tied(model))))
+    other = sorted(name for name in {*ours, *fresh} if ours.get(name) != fresh.get(name))
+    if other:
+        raise ValueError(
+            f"--model {path}: {len(other)} of its tensors have other names or shapes in memory "
+            f"than in a new model of its config.json, {other[0]} is the first. A trained policy "
+            "could not be loaded again; save the model unquantised with transformers, and load "
+            "that copy")
 
 
 def _ready(model, attention):
@@ -137,10 +170,13 @@ def stored_dtype(path):
 
 
 def load_config(path):
-    """The configuration of the text model that load_model would load. Errors: ValueError."""
+    """The configuration of the text model that load_model would load. Errors: ValueError, also for
+    stop ids that cannot be read."""
     try:
-        name, options = _source(path)
-        return AutoConfig.from_pretrained(name, **options).get_text_config()
+        config = _model_config(*_source(path)).get_text_config()
+        for named in (config, _generation_config(path)):
+            _stop_ids_of(named)
+        return config
     except Exception as error:
         raise ValueError(f"--model {path}: no model configuration could be loaded "
                          f"({type(error).__name__}: {one_line(error)})") from None
@@ -148,21 +184,51 @@ def load_config(path):
 
 def model_stop_ids(model):
     """The ids that end a text by the model's own configurations, a set. model: a loaded one, or
-    what --model names."""
+    what --model names. ValueError where a configuration is damaged: its ids would be lost."""
     if isinstance(model, PreTrainedModel):
         configs = [model.config.get_text_config(), model.generation_config]
     else:
-        configs = [load_config(model)]
+        configs = [load_config(model), _generation_config(model)]
+    return set().union(*map(_stop_ids_of, configs))
+
+
+def _stop_ids_of(config):
+    named = getattr(config, "eos_token_id", None)
+    ids = set(named if isinstance(named, (list, tuple)) else [named]) - {None}
+    if wrong := [i for i in ids if type(i) is not int]:
+        raise ValueError(f"eos_token_id {wrong[0]!r} of {type(config).__name__} is no token id; "
+                         "mend it in the model's folder")
+    return ids
+
+
+def _generation_config(path):
+    """What generation_config.json says, or None where the model has no such file. transformers
+    takes a damaged file for a missing one. Errors: ValueError."""
+    file = None
+    if not str(path).endswith(".gguf"):
         with suppress(OSError):  # an optional file
-            configs.append(GenerationConfig.from_pretrained(str(model)))
-    named = [getattr(config, "eos_token_id", None) for config in configs]
-    return {i for ids in named for i in (ids if isinstance(ids, list) else [ids])} - {None}
+            file = cached_file(str(path), "generation_config.json",
+                               _raise_exceptions_for_missing_entries=False)
+    return file and GenerationConfig.from_dict(_json_object(Path(file)))
+
+
+def _json_object(file):
+    """A JSON file of a model's folder. ValueError that names it where it holds no object."""
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} cannot be read as JSON ({one_line(error)}); copy the "
+                         "model's folder again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file.name} holds no JSON object; copy the model's folder again")
+    return value
 
 
 def _source(path):
     """(name, options) for from_pretrained. No code of a model folder is ever run. A pickle would,
     and without trust_remote_code=False transformers asks, and takes a "y" on stdin for a yes."""
     folder, options = Path(path), {"trust_remote_code": False}
+    _check_files(folder)
     if (folder / "adapter_config.json").is_file():
         raise ValueError("a LoRA adapter; merge it first: peft.AutoPeftModelForCausalLM"
                          ".from_pretrained(THIS).merge_and_unload().save_pretrained(FOLDER)")
@@ -175,10 +241,37 @@ def _source(path):
     return str(path), options
 
 
-def _auto_class(name, options):
+def _check_files(folder):
+    """ValueError for files of a model's folder that are not what their names say."""
+    if not folder.is_dir():
+        return
+    for file in (*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.model")):
+        with open(file, "rb") as opened:
+            if opened.read(40).startswith(b"version https://git-lfs"):
+                raise ValueError(f"{file.name} is a git-LFS pointer, not the file itself; run "
+                                 f"`git lfs pull` in {folder}")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            _json_object(folder / name)
+
+
+def _model_config(name, options):
+    """The configuration of a model that can be trained and saved again. Errors: ValueError."""
+    config = AutoConfig.from_pretrained(name, **options)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised and "gguf_file" not in options:  # a .gguf file is unpacked as it is loaded
+        quantised = quantised if isinstance(quantised, dict) else vars(quantised)
+        method = getattr(quantised.get("quant_method"), "value", quantised.get("quant_method"))
+        raise ValueError(f"its weights are quantised ({method or 'unnamed method'}) and cannot be "
+                         "trained; load the unquantised model")
+    if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
+        raise ValueError("its config.json says num_hidden_layers 0; mend it")
+    return config
+
+
+def _auto_class(config, options):
     """LLaVA and Qwen2-VL have no causal class of their own; their text model is trained."""
-    known = "gguf_file" in options or (
-        type(AutoConfig.from_pretrained(name, **options)) in MODEL_FOR_CAUSAL_LM_MAPPING)
+    known = "gguf_file" in options or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
@@ -197,6 +290,10 @@ def _check_weights(model, info):
         if names:
             raise ValueError(f"its weights do not fit its config.json: {len(names)} {fault}, "
                              f"{min(names)} the first")
+    bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"its weights hold NaN or infinite numbers ({len(bad)} tensors, {bad[0]} "
+                         "the first); copy or convert the model again")
 
 
 # ----------------------------------------------------------------------------------------------

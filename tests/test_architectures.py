@@ -327,3 +327,94 @@ def test_the_whole_loop_runs_with_plain_rows_and_names_them_without(tmp_path, na
     assert losses[0] == pytest.approx(0.693147, abs=1e-4) and min(losses) < losses[0]
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run/iter_2/policy")
     assert all(parameter.isfinite().all() for parameter in saved.parameters())
+
+
+# ----------------------------------------------------------------------------------------------
+# Folders that are not what they say
+# ----------------------------------------------------------------------------------------------
+
+
+def damaged(folder, name, content):
+    """A sound model's folder, of which one file has another content (bytes, or JSON fields)."""
+    make_model().save_pretrained(folder)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / name).read_text()) | content).encode()
+    (folder / name).write_bytes(content)
+    return folder
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4943162336\n"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.mark.parametrize("name, content, words", [
+    (WEIGHTS, LFS, "model.safetensors is a git-LFS pointer.*git lfs pull"),
+    ("tokenizer.json", LFS, "tokenizer.json is a git-LFS pointer"),
+    ("config.json", LFS, "config.json is a git-LFS pointer"),
+    ("config.json", b"[1, 2]", "config.json holds no JSON object"),
+    ("tokenizer_config.json", b"5", "tokenizer_config.json holds no JSON object"),
+    ("generation_config.json", b'{"eos_token_id": [2, 7', "generation_config.json cannot be read"),
+    ("generation_config.json", b"[2]", "generation_config.json holds no JSON object"),
+    ("generation_config.json", b'{"eos_token_id": "x"}', "eos_token_id 'x' .* is no token id"),
+    ("generation_config.json", b'{"eos_token_id": [2, true]}', "eos_token_id True .* no token id"),
+    ("config.json", {"num_attention_heads": 3}, "not a multiple of .* attention heads"),
+    ("config.json", {"num_hidden_layers": 0}, "num_hidden_layers 0"),
+    *(("config.json", {"quantization_config": {"quant_method": method, "bits": 4}},
+       f"quantised .{method}.*; load the unquantised model")
+      for method in ("bitsandbytes", "gptq", "awq", "compressed-tensors", "mxfp4"))])
+def test_a_damaged_file_is_named_before_anything_runs(name, content, words, tmp_path):
+    """A reason that stands in a second line nobody prints; `pip install` for a model that could not
+    be trained afterwards; stop ids that are lost; an end token that is no number, found when the
+    trained policy is saved."""
+    with pytest.raises(ValueError, match=words) as error:
+        weights.load_config(damaged(tmp_path, name, content))
+    assert "\n" not in str(error.value) and "pip install" not in str(error.value)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"\x10\0\0\0\0\0\0\0{}", "Error while deserializing header"),
+    (None, "no file named model.safetensors"), ("layers", "9 too many, model.layers.1"),
+    ("nan", r"NaN or infinite numbers \(1 tensors, model.embed_tokens.weight")])
+def test_weights_that_are_not_whole_are_named(content, words, tmp_path):
+    """A NaN in an embedding that no prompt uses, which is found when the trained policy is saved,
+    and then blamed on --lr; a cut file; a config with fewer layers than the file."""
+    model = make_model()
+    if content == "nan":
+        with torch.no_grad():
+            model.model.embed_tokens.weight[7, 3] = float("nan")
+    model.save_pretrained(tmp_path)
+    if content == "layers":
+        text = (tmp_path / "config.json").read_text()
+        (tmp_path / "config.json").write_text(text.replace('"num_hidden_layers": 2',
+                                                           '"num_hidden_layers": 1'))
+    elif content is None:
+        (tmp_path / WEIGHTS).unlink()
+    elif isinstance(content, bytes):
+        (tmp_path / WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        weights.load_model(tmp_path)
+    assert "--plain-rows" not in str(error.value)
+
+
+def test_a_model_whose_saved_policy_nothing_could_load_is_refused(tmp_path):
+    """Tensors that are held in another form than a new model of the config has: the saved policy
+    would have names that no model knows."""
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    weights.check_saved_form(model, tmp_path)
+    proj = model.model.layers[0].mlp.up_proj
+    proj.weight_blocks = torch.nn.Parameter(proj.weight.detach().clone())
+    del proj.weight
+    with pytest.raises(ValueError, match="2 of its tensors .*up_proj.weight is the first.*unquant"):
+        weights.check_saved_form(model, tmp_path)
+
+
+def test_two_matrices_stay_two_whatever_the_config_says(tmp_path):
+    """A config that says tied over a file with two matrices: process 0 has two, the others one, and
+    all wait for each other for ever. What is saved says what it holds."""
+    path = damaged(tmp_path, "config.json", {"tie_word_embeddings": True})
+    model = weights.load_model(path)
+    assert not weights.is_tied(model) and not model.config.tie_word_embeddings
+    empty = weights.empty_model(path, "selm_tree", tied=weights.is_tied(model))
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in empty.named_parameters()}

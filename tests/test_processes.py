@@ -179,6 +179,29 @@ def test_only_one_process_ever_holds_all_weights(tmp_path):
     assert got == pytest.approx(total, rel=1e-12)
 
 
+UNTIED = """
+from harness import scale, weights
+from harness.settings import Compute
+scale.start("cpu")
+policy = weights.load_policy(sys.argv[1], Compute("cpu", "fp32", False, False, 0, False, False))
+names = scale.gather([name for name, _ in policy.named_parameters()])
+assert names[0] == names[1] and any("lm_head" in name for name in names[0]), names
+del policy
+scale.stop()
+"""
+
+
+def test_all_processes_build_what_process_0_has_read(tmp_path):
+    """A config that says tied over a file with two matrices: process 0 loads two, the others build
+    one, and all wait for each other for ever."""
+    path = write_model(tmp_path / "model", "llama")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    process = launch(write_script(tmp_path / "untied.py", UNTIED), str(path))
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr[-2000:]
+
+
 FAILS = """
 from harness import scale, weights
 from harness.settings import Compute

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from harness import settings
+from harness import prepare, settings
 from harness.settings import FLAGS, RANGES, RECIPES
 
 NUMERIC = {name: options["type"] for flags in FLAGS.values() for name, options in flags.items()
@@ -91,3 +91,12 @@ def test_the_plan_has_the_papers_numbers(recipe, expected):
     lines = [tuple(line.split()[:7]) for line in plan.splitlines() if line[:1].isdigit()]
     for row in expected:
         assert row in lines
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--max-length 2147483648", "exceeds the context of the toy's model, 64"),
+    ("--chat-template missing.jinja", "missing.jinja: no such file")])
+def test_the_toy_is_refused_before_its_world_is_made(flags, words):
+    """What read_model finds of other models, found here after a minute of training."""
+    with pytest.raises(ValueError, match=words):
+        prepare.read_inputs(settings.read(flags.split()))
