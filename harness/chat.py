@@ -21,6 +21,7 @@ import transformers
 
 import sample
 from harness import architectures, ends, template, weights
+from harness.files import check_characters, check_file, is_special, parse_json
 from harness.rundir import check_writable, printable, write_text
 
 MAX_NEW_TOKENS = 512  # where the user names no limit and the context has room
@@ -88,20 +89,27 @@ def check_args(args):
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(f"--device {args.device}: {ends.one_line(error)}") from None
     if args.output:
-        check_writable(args.output)
+        check_writable(args.output, [(flag, path) for flag, path in (
+            ("--alpaca-eval", args.alpaca_eval), ("--chat-template", args.chat_template),
+            ("--model", args.model)) if path])
 
 
 def read_instructions(path, flag="--alpaca-eval"):
     """AlpacaEval's list of objects. ValueError that names the entry which is wrong."""
+    check_file(flag, path)
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        rows = parse_json(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{flag} {path}: cannot be read as JSON ({error})") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{flag} {path}: expected a list of objects, one or more")
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
             raise ValueError(f"{flag} {path}: entry {i} has no string 'instruction'")
+        try:
+            check_characters(row)
+        except ValueError as error:
+            raise ValueError(f"{flag} {path}: entry {i}: {error}; mend it") from None
     return rows
 
 
@@ -169,7 +177,8 @@ def write_alpaca(args, rows, texts):
         {**{key: row[key] for key in ("dataset", "instruction") if key in row},
          "output": text, "generator": name} for row, text in zip(rows, texts)],
         ensure_ascii=False, indent=2))
-    print(f"wrote {len(rows)} outputs to {args.output}")
+    say = note if is_special(args.output) else print  # standard output may be what was written
+    say(f"wrote {len(rows)} outputs to {args.output}")
 
 
 def user_turn(text):

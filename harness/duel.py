@@ -22,7 +22,8 @@ import torch
 
 from harness.chat import read_instructions, user_turn
 from harness.evaluate import half_for_ties, length_controlled, wilson
-from harness.judges import SPECS, load_judge
+from harness.files import parts_of
+from harness.judges import SPECS, check_scores, load_judge
 from harness.rundir import Rows
 from harness.template import strip_thought
 
@@ -95,6 +96,9 @@ def main(argv=None):
 def compare(args):
     """The lines to print: win rate, the one at equal lengths, and what they rest on."""
     pairs = matched(args.outputs, args.reference)
+    if args.scores:
+        check_scores(args.scores, [("--outputs", args.outputs), ("--reference", args.reference),
+                                   *parts_of("--ranker", args.ranker)])
     judge = load_judge(args.ranker, args.device, args.tokens_per_forward, progress=True)
     prompts, ids = [user_turn(text) for text, _ in pairs], [f"{text[:60]!r}" for text, _ in pairs]
     scores = judge(prompts, list(pairs.values()), ids, args.scores)

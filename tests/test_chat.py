@@ -193,9 +193,14 @@ def test_bad_files_are_refused_before_a_model_is_loaded(tmp_path):
     """An output that cannot be written, found out after the sampling of 805 answers."""
     files = {"bad": b'[{"text": "x"}]', "good": b'\xef\xbb\xbf[{"instruction": "x"}]',
              "latin": '[{"instruction": "\xe9"}]'.encode("latin-1"), "none": b"[]", "half": b"[{"}
+    files |= {"half character": b'[{"instruction": "x"}, {"instruction": "\\ud800"}]',
+              "twice": b'[{"instruction": "x", "instruction": "y"}]', "deep": b"[" * 100_000}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     for source, output, message in [
+            ("half character", "o.json", "entry 1: half of a character"),
+            ("twice", "o.json", "'instruction' stands twice"), ("deep", "o.json", "cannot be read"),
+            ("good", "good", "the same file as .*good, which --alpaca-eval names"),
             ("bad", "o.json", "entry 0 has no string"), (".", "o.json", "cannot be read"),
             ("latin", "o.json", "latin: cannot be read"), ("none", "o.json", "one or more"),
             ("half", "o.json", "cannot be read"), ("absent", "o.json", "absent: cannot be read"),
