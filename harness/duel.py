@@ -25,6 +25,7 @@ from harness.evaluate import half_for_ties, length_controlled, wilson
 from harness.files import parts_of
 from harness.judges import SPECS, check_scores, load_judge
 from harness.rundir import Rows
+from harness.settings import as_judge, as_path
 from harness.template import strip_thought
 
 NEAR = 4  # iterations: in a run of many, only policies so near to each other meet
@@ -83,13 +84,14 @@ def main(argv=None):
         "model to those of another; both files as AlpacaEval has them: a JSON list of objects with "
         "'instruction' and 'output'. Thoughts (<think>...</think>) are taken off before judging.")
     add = parser.add_argument
-    add("--outputs", required=True, metavar="FILE", help="whose win rate is wanted")
-    add("--reference", required=True, metavar="FILE", help="against whom")
-    add("--ranker", default="pairrm", help=f"{SPECS} (default pairrm = llm-blender/PairRM-hf)")
+    add("--outputs", type=as_path, required=True, metavar="FILE", help="whose win rate is wanted")
+    add("--reference", type=as_path, required=True, metavar="FILE", help="against whom")
+    add("--ranker", type=as_judge, default="pairrm",
+        help=f"{SPECS} (default pairrm = llm-blender/PairRM-hf)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--tokens-per-forward", type=int, default=8192, help="halve it when memory runs out")
-    add("--scores", metavar="FILE", help="keeps finished scores, from which the same command goes "
-        "on (default: they are not kept)")
+    add("--scores", type=as_path, metavar="FILE", help="keeps finished scores, from which the same "
+        "command goes on (default: they are not kept)")
     print(compare(parser.parse_args(argv)))
 
 

@@ -68,10 +68,10 @@ def _each_key_once(pairs):
     return found
 
 
-def check_characters(value):
-    """ValueError where a JSON value holds half of a surrogate pair (\\ud800): it cannot be written
-    as UTF-8, and would be found out after the work."""
+def check_characters(value, what="the row"):
+    """ValueError where a JSON value holds half of a surrogate pair (\\ud800, or a byte that is not
+    UTF-8): it cannot be written, which would be found out after the work."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError("half of a character (a lone surrogate) stands in it") from None
+        raise ValueError(f"{what} holds half of a character (a lone surrogate); mend it") from None

@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from harness.files import check_file, is_special, parse_json, parts_of
 from harness.rundir import check_writable, printable, write_jsonl
+from harness.settings import as_judge, as_path
 from rank import PairRM, choose_pair, length_batches, pad_rows, pairrm_texts
 
 SPECS = "pairrm[:ID] | reward:ID | FILE.py:FUNCTION | human | oracle (toy world only)"
@@ -543,15 +544,19 @@ def main():
                '"best" and "worst"\n              (indices into candidates; null: all are equal)\n'
                "Candidates are judged as they stand; take thoughts (<think>...</think>) off first.")
     add = parser.add_argument
-    add("--input", required=True, help="JSONL file of prompts and candidates")
-    add("--output", required=True, help="JSONL file to write; it appears whole or not at all")
-    add("--ranker", default="pairrm", help=f"{SPECS} (default pairrm = llm-blender/PairRM-hf)")
+    add("--input", type=as_path, required=True, help="JSONL file of prompts and candidates")
+    add("--output", type=as_path, required=True,
+        help="JSONL file to write; it appears whole or not at all")
+    add("--ranker", type=as_judge, default="pairrm",
+        help=f"{SPECS} (default pairrm = llm-blender/PairRM-hf)")
     add("--length-penalty", type=float, default=0.0, help="subtract this for every token (0)")
-    add("--tokenizer", help="hub id or folder of the tokenizer that counts for --length-penalty")
+    add("--tokenizer", type=as_path,
+        help="hub id or folder of the tokenizer that counts for --length-penalty")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--tokens-per-forward", type=int, default=8192, help="halve it when memory runs out")
-    add("--scores", "--answers", metavar="FILE", help="keeps finished scores, from which the same "
-        "command goes on (OUTPUT.scores.jsonl, which is removed in the end if it is not yours)")
+    add("--scores", "--answers", type=as_path, metavar="FILE", help="keeps finished scores, from "
+        "which the same command goes on (OUTPUT.scores.jsonl, which is removed in the end if it is "
+        "not yours)")
     add("--seed", type=int, default=0, help="human only: the order in which candidates are shown")
     args = parser.parse_args()
     rank_file(args)

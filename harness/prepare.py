@@ -138,8 +138,8 @@ def read_model(s):
 
 
 def read_data(s):
-    """(training records, held-out records): the data's own test split, the toy's, or rows set aside;
-    no prompt is in both."""
+    """(training records, held-out records): the data's own test split, the toy's, or rows set
+    aside; no prompt is in both."""
     read = functools.partial(rows.load_preferences, skip_bad_rows=s.skip_bad_rows)
     records = read(s.data)
     # Nobody wants to judge so many, unless they say so.

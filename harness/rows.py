@@ -40,8 +40,8 @@ AS_TEXT = re.compile(r"""\s*(\[\s*\{\s*['"](role|content|from|value)['"]|(<s>\s*
 
 
 def load_preferences(source, split="train_prefs", skip_bad_rows=False):
-    """The records of a JSONL, JSON, CSV or parquet file, or of `split` of a data set: on the hub, or
-    in a folder. NoSplit where it has none of that name.
+    """The records of a JSONL, JSON, CSV or parquet file, or of `split` of a data set, on the hub or
+    in a folder (NoSplit where it has none of that name).
 
     Exact repetitions are left out and counted; prompt_ids are made unique. ValueError, one line,
     for the first row that cannot be used; with skip_bad_rows such rows are dropped and counted.
@@ -263,10 +263,7 @@ def parse_row(row):
         prompt_id = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
     record = {"prompt_id": str(prompt_id), "prompt": prompt,
               "data_chosen": chosen["content"], "data_rejected": rejected["content"]}
-    try:
-        check_characters(record)
-    except ValueError as error:
-        raise ValueError(f"{error}; mend it") from None
+    check_characters(record)
     return record
 
 

@@ -660,7 +660,9 @@ def test_a_bad_line_is_named_and_an_old_output_stays(tmp_path, rank, make_judge)
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "No such file"), ("folder", "Is a directory"), (b"", "no line"), (b" \n\n", "no line"),
+    (None, "No such file"), ("folder", "Is a directory"), ("pipe", "a pipe or a device"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    (b"", "no line"), (b" \n\n", "no line"),
     (b'[{"prompt": "?", "candidates": ["a"]}]', "JSON array"), (b"[\n  {\n", "JSON array"),
     ("Wozu? Für".encode("latin-1"), "not UTF-8"), (GOOD.encode("utf-16"), "not UTF-8"),
     (b"prompt,candidates\nWhy,a\n", "line 1: not valid JSON")])
@@ -670,6 +672,8 @@ def test_an_input_of_another_kind_is_refused_with_its_name(content, words, rank,
     path.unlink()
     if content == "folder":
         path.mkdir()
+    elif content == "pipe":
+        os.mkfifo(path)
     elif content is not None:
         path.write_bytes(content)
     error = rank("nobody.py:calls")

@@ -129,7 +129,8 @@ BAD = {
     "system is no string": (row(system=3), "'system' must be"),
     **{f"column {name}": (row(**{name: value}), f"column '{name}'") for name, value in [
         ("instruction", "Be rude."), ("input", "x y"), ("history", [["a", "b"]]),
-        ("tools", [{"name": "w"}]), ("tools", '[{"name": "w"}]'), ("Context", "a page"), ("images", ["a.png"])]},
+        ("tools", [{"name": "w"}]), ("tools", '[{"name": "w"}]'), ("Context", "a page"),
+        ("images", ["a.png"])]},
     "tool call": (row([user("weather?"), answer("", **TOOL_CALL),
                        {"role": "tool", "content": "rain"}], prompt=None), "'tool_calls'"),
     "tool call in prompt": (row(prompt=[user("a"), answer("", **TOOL_CALL), user("b")], chosen="x",
