@@ -21,7 +21,9 @@ import transformers
 
 import sample
 from harness import architectures, ends, template, weights
+from harness.files import check_characters, check_file, is_special, parse_json
 from harness.rundir import check_writable, printable, write_text
+from harness.settings import as_path, as_text
 
 MAX_NEW_TOKENS = 512  # where the user names no limit and the context has room
 
@@ -48,21 +50,25 @@ def parse_args(argv=None):
         description="Sample from a policy: one prompt, a chat, or AlpacaEval's model outputs.",
         epilog='python sample.py --model runs/toy/iter_3/policy --prompt "describe the fox"')
     add = parser.add_argument
-    add("--model", required=True, help="hub id, folder (a run's iter_K/policy) or .gguf file")
+    add("--model", type=as_path, required=True,
+        help="hub id, folder (a run's iter_K/policy) or .gguf file")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="answer this once")
+    what.add_argument("--prompt", type=as_text, help="answer this once")
     what.add_argument("--interactive", action="store_true", help="chat with history; Ctrl-D ends")
-    what.add_argument("--alpaca-eval", metavar="FILE",
+    what.add_argument("--alpaca-eval", type=as_path, metavar="FILE",
                       help="JSON list of objects with 'instruction' [and 'dataset']")
-    add("--output", metavar="FILE", help="of --alpaca-eval: instruction, output, generator")
-    add("--generator", help="name of the model in --output (default: the model folder's name)")
+    add("--output", type=as_path, metavar="FILE",
+        help="of --alpaca-eval: instruction, output, generator")
+    add("--generator", type=as_text,
+        help="name of the model in --output (default: the model folder's name)")
     add("--max-new-tokens", type=int, help="cut responses here (default: what the context has room "
                                            f"for, at most {MAX_NEW_TOKENS})")
     add("--temperature", type=float, default=0.0, help="0 (default) is greedy, 1 the model itself")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     add("--slots", type=int, default=16, help="prompts in work at a time; memory grows with it")
     add("--seed", type=int, default=0, help="same seed, same samples, whatever --slots is")
-    add("--chat-template", metavar="FILE", help="Jinja file, for a tokenizer that has no template")
+    add("--chat-template", type=as_path, metavar="FILE",
+        help="Jinja file, for a tokenizer that has no template")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"),
         help="default: bfloat16 on a GPU, float32 on the CPU")
@@ -88,20 +94,25 @@ def check_args(args):
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(f"--device {args.device}: {ends.one_line(error)}") from None
     if args.output:
-        check_writable(args.output)
+        check_characters(generator(args), "--generator (or the name of --model's folder)")
+        check_writable(args.output, [(flag, path) for flag, path in (
+            ("--alpaca-eval", args.alpaca_eval), ("--chat-template", args.chat_template),
+            ("--model", args.model)) if path])
 
 
 def read_instructions(path, flag="--alpaca-eval"):
     """AlpacaEval's list of objects. ValueError that names the entry which is wrong."""
+    check_file(flag, path)
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        rows = parse_json(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{flag} {path}: cannot be read as JSON ({error})") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{flag} {path}: expected a list of objects, one or more")
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
             raise ValueError(f"{flag} {path}: entry {i} has no string 'instruction'")
+        check_characters(row, f"{flag} {path}: entry {i}")
     return rows
 
 
@@ -157,6 +168,11 @@ def interact(answer):
         except EOFError:
             print()
             return
+        try:
+            check_characters(text, "what you wrote")
+        except ValueError as error:
+            note(str(error))
+            continue
         history += user_turn(text)
         reply = answer([history])[0]
         history.append({"role": "assistant", "content": reply})
@@ -164,12 +180,17 @@ def interact(answer):
 
 
 def write_alpaca(args, rows, texts):
-    name = args.generator or Path(args.model).resolve().name
     write_text(args.output, json.dumps([
         {**{key: row[key] for key in ("dataset", "instruction") if key in row},
-         "output": text, "generator": name} for row, text in zip(rows, texts)],
+         "output": text, "generator": generator(args)} for row, text in zip(rows, texts)],
         ensure_ascii=False, indent=2))
-    print(f"wrote {len(rows)} outputs to {args.output}")
+    say = note if is_special(args.output) else print  # standard output may be what was written
+    say(f"wrote {len(rows)} outputs to {args.output}")
+
+
+def generator(args):
+    """The name of the model in --output."""
+    return args.generator or Path(args.model).resolve().name
 
 
 def user_turn(text):

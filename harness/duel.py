@@ -22,8 +22,10 @@ import torch
 
 from harness.chat import read_instructions, user_turn
 from harness.evaluate import half_for_ties, length_controlled, wilson
-from harness.judges import SPECS, load_judge
+from harness.files import parts_of
+from harness.judges import SPECS, check_scores, load_judge
 from harness.rundir import Rows
+from harness.settings import as_judge, as_path
 from harness.template import strip_thought
 
 NEAR = 4  # iterations: in a run of many, only policies so near to each other meet
@@ -82,19 +84,23 @@ def main(argv=None):
         "model to those of another; both files as AlpacaEval has them: a JSON list of objects with "
         "'instruction' and 'output'. Thoughts (<think>...</think>) are taken off before judging.")
     add = parser.add_argument
-    add("--outputs", required=True, metavar="FILE", help="whose win rate is wanted")
-    add("--reference", required=True, metavar="FILE", help="against whom")
-    add("--ranker", default="pairrm", help=f"{SPECS} (default pairrm = llm-blender/PairRM-hf)")
+    add("--outputs", type=as_path, required=True, metavar="FILE", help="whose win rate is wanted")
+    add("--reference", type=as_path, required=True, metavar="FILE", help="against whom")
+    add("--ranker", type=as_judge, default="pairrm",
+        help=f"{SPECS} (default pairrm = llm-blender/PairRM-hf)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--tokens-per-forward", type=int, default=8192, help="halve it when memory runs out")
-    add("--scores", metavar="FILE", help="keeps finished scores, from which the same command goes "
-        "on (default: they are not kept)")
+    add("--scores", type=as_path, metavar="FILE", help="keeps finished scores, from which the same "
+        "command goes on (default: they are not kept)")
     print(compare(parser.parse_args(argv)))
 
 
 def compare(args):
     """The lines to print: win rate, the one at equal lengths, and what they rest on."""
     pairs = matched(args.outputs, args.reference)
+    if args.scores:
+        check_scores(args.scores, [("--outputs", args.outputs), ("--reference", args.reference),
+                                   *parts_of("--ranker", args.ranker)])
     judge = load_judge(args.ranker, args.device, args.tokens_per_forward, progress=True)
     prompts, ids = [user_turn(text) for text, _ in pairs], [f"{text[:60]!r}" for text, _ in pairs]
     scores = judge(prompts, list(pairs.values()), ids, args.scores)

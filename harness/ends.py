@@ -1,7 +1,8 @@
 """How a command ends: one clear line for what a user can mend, a traceback for what we must.
 
 Commands import it before anything slow: Ctrl-C is one line at any moment. Exit codes: 0 done, 1 an
-error, 2 a wrong command line, 130 Ctrl-C, 143 SIGTERM (training finishes its update).
+error, 2 a wrong command line, 130 Ctrl-C, 141 stopped because nobody reads what it prints (`| head
+-1`), 143 SIGTERM (training finishes its update).
 SELM_TRACEBACK=1 shows where a one-line error arose.
 """
 
@@ -78,8 +79,14 @@ def run(main, goes_on=GOES_ON):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
     kept = ". Finished phases are kept" if goes_on == GOES_ON else ""
+    print_anything()
     try:
-        sys.exit(main())
+        code, failure = main(), flush_output()
+        if failure and not isinstance(failure, BrokenPipeError):  # all is done, whoever reads it
+            raise failure
+        sys.exit(code)
+    except BrokenPipeError as error:  # standard output, or another pipe?
+        sys.exit(141 if flush_output("\n") else f"error: {one_line(error)}")
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("SELM_TRACEBACK"):
             raise
@@ -98,3 +105,27 @@ def run(main, goes_on=GOES_ON):
         print(f"error: a bug of this program, not of your files; what follows says where{kept}.",
               file=sys.stderr)
         raise
+    finally:
+        flush_output()
+
+
+def print_anything():
+    """No character fails to be printed: one that the terminal's encoding lacks becomes its number
+    (\\xe9), for a report or an answer must not be lost over it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed (`>&-`), but libraries write to it
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # whoever reads it says what is wrong
+
+
+def flush_output(end=""):
+    """Prints `end` and what is still in the buffer -> None, or the OSError. After one the output
+    goes nowhere, or Python would complain once more when it exits."""
+    try:
+        print(end=end, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return error

@@ -44,7 +44,9 @@ from typing import Any, Callable, NamedTuple
 import torch
 from tqdm import tqdm
 
+from harness.files import check_file, is_special, parse_json, parts_of
 from harness.rundir import check_writable, printable, write_jsonl
+from harness.settings import as_judge, as_path
 from rank import PairRM, choose_pair, length_batches, pad_rows, pairrm_texts
 
 SPECS = "pairrm[:ID] | reward:ID | FILE.py:FUNCTION | human | oracle (toy world only)"
@@ -542,15 +544,19 @@ def main():
                '"best" and "worst"\n              (indices into candidates; null: all are equal)\n'
                "Candidates are judged as they stand; take thoughts (<think>...</think>) off first.")
     add = parser.add_argument
-    add("--input", required=True, help="JSONL file of prompts and candidates")
-    add("--output", required=True, help="JSONL file to write; it appears whole or not at all")
-    add("--ranker", default="pairrm", help=f"{SPECS} (default pairrm = llm-blender/PairRM-hf)")
+    add("--input", type=as_path, required=True, help="JSONL file of prompts and candidates")
+    add("--output", type=as_path, required=True,
+        help="JSONL file to write; it appears whole or not at all")
+    add("--ranker", type=as_judge, default="pairrm",
+        help=f"{SPECS} (default pairrm = llm-blender/PairRM-hf)")
     add("--length-penalty", type=float, default=0.0, help="subtract this for every token (0)")
-    add("--tokenizer", help="hub id or folder of the tokenizer that counts for --length-penalty")
+    add("--tokenizer", type=as_path,
+        help="hub id or folder of the tokenizer that counts for --length-penalty")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--tokens-per-forward", type=int, default=8192, help="halve it when memory runs out")
-    add("--scores", "--answers", metavar="FILE", help="keeps finished scores, from which the same "
-        "command goes on (OUTPUT.scores.jsonl, which is removed in the end if it is not yours)")
+    add("--scores", "--answers", type=as_path, metavar="FILE", help="keeps finished scores, from "
+        "which the same command goes on (OUTPUT.scores.jsonl, which is removed in the end if it is "
+        "not yours)")
     add("--seed", type=int, default=0, help="human only: the order in which candidates are shown")
     args = parser.parse_args()
     rank_file(args)
@@ -561,8 +567,7 @@ def rank_file(args):
     if args.tokens_per_forward < 1:
         raise ValueError(f"--tokens-per-forward {args.tokens_per_forward}: must be at least 1")
     with_length_penalty(Judge("", None), args.length_penalty, args.tokenizer)  # before it costs
-    check_writable(args.output)
-    records, kept = read_candidates(args.input), args.scores or f"{args.output}.scores.jsonl"
+    records, kept = read_candidates(args.input), check_outputs(args)
     judge = load_judge(args.ranker, args.device, args.tokens_per_forward, None, args.seed, True)
     if args.length_penalty:
         judge = with_length_penalty(judge, args.length_penalty, load_tokenizer(args.tokenizer))
@@ -579,10 +584,30 @@ def rank_file(args):
     pairs = [choose_pair(row, texts) or (None, None) for row, texts in zip(scores, candidates)]
     write_jsonl(args.output, [{**record, "scores": row, "best": best, "worst": worst}
                               for record, row, (best, worst) in zip(records, scores, pairs)])
-    if not args.scores and args.ranker != "human":  # nobody wants to answer twice
+    if kept and not args.scores and args.ranker != "human":  # nobody wants to answer twice
         Path(kept).unlink(missing_ok=True)
     equal = pairs.count((None, None))
-    print(f"{len(records)} prompts ranked, {equal} of them all equal: {args.output}")
+    print(f"{len(records)} prompts ranked, {equal} of them all equal: {args.output}",
+          file=sys.stderr if is_special(args.output) else sys.stdout)
+
+
+def check_outputs(args):
+    """The path of the scores, or None: beside a pipe or a device they have no place. ValueError
+    where they or the output could not be written, or would replace what the command reads."""
+    inputs = [("--input", args.input), *parts_of("--ranker", args.ranker)]
+    inputs += [("--tokenizer", args.tokenizer)] if args.tokenizer else []
+    check_writable(args.output, inputs)
+    if not args.scores and is_special(args.output):
+        return None
+    kept = args.scores or f"{args.output}.scores.jsonl"
+    check_scores(kept, [*inputs, ("--output", args.output), ("--output", f"{args.output}.tmp")])
+    return kept
+
+
+def check_scores(path, inputs):
+    """ValueError where finished scores cannot be kept at `path`, or do not belong there."""
+    check_file("--scores", path)
+    check_writable(path, inputs, "--scores")
 
 
 def load_tokenizer(name):
@@ -595,6 +620,7 @@ def load_tokenizer(name):
 
 def read_candidates(path):
     """The records of a candidates file, plus `messages` and `where`; ValueError names the line."""
+    check_file("--input", path)
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -614,7 +640,7 @@ def read_candidates(path):
 
 def read_line(line, where, number):
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{where}: half a surrogate pair (\\ud800 ..) is no text") from None

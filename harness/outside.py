@@ -18,6 +18,7 @@ import itertools
 from pathlib import Path
 
 import data
+from harness.files import check_file
 from harness.rundir import read_jsonl, write_jsonl
 from harness.scale import only_first
 
@@ -63,6 +64,7 @@ def ask_for(source, policy, start, s):
 def read(source, count):
     """{prompt_id: [{text, finished}]} of a FILE. ValueError that names its line."""
     found = {}
+    check_file("--samples-from", source)
     for number, row in read_jsonl(source):
         where = f"--samples-from {source}, line {number}"
         if not isinstance(row, dict) or not isinstance(row.get("samples"), list):

@@ -13,13 +13,12 @@ Test: pytest tests/test_page.py.
 import base64
 import hashlib
 import re
-import sys
 from pathlib import Path
 
 import jinja2
 from markupsafe import escape
 
-from harness import plots, report
+from harness import ends, plots, report
 from harness.rundir import CONFIG, Rows, printable, read_record, write_text
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -150,9 +149,11 @@ def cut(text):
     return text if over <= 0 else f"{text[:CHARACTERS]} ... ({over} more characters)"
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or not plots.find_runs(sys.argv[1]):
-        sys.exit("usage: python -m harness.page RUN_DIR (a folder that train_loop.py wrote)")
-    found, folder = plots.find_runs(sys.argv[1]), Path(sys.argv[1])
+def main(argv=None):
+    folder, found = plots.command_line("page", "report.html", argv)
     write(found, folder / "report.html", plots.draw_all(found, folder / "figures"))
     print(folder / "report.html")
+
+
+if __name__ == "__main__":
+    ends.run(main, "the same command writes it again")

@@ -11,8 +11,8 @@ training.png    loss, accuracy, margin, ... of every update
 Test: pytest tests/test_plots.py.
 """
 
+import argparse
 import math
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -21,9 +21,11 @@ matplotlib.use("Agg")  # files only: a server has no display
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
+from harness import ends  # noqa: E402
 from harness.evaluate import half_for_ties, mean_interval  # noqa: E402
 from harness.report import EVAL_COLUMNS, judge_of, rows_of  # noqa: E402
 from harness.rundir import CONFIG, METRICS, Rows, read_record  # noqa: E402
+from harness.settings import as_path  # noqa: E402
 
 plt.rcParams["text.parse_math"] = False  # a judge's file may have dollar signs in its name
 # Two colours that stay apart for colour-blind eyes and in grey; SELM is always the first.
@@ -320,7 +322,19 @@ def short(name):
     return name if len(name) <= 40 else f"...{name[-37:]}"
 
 
+def command_line(prog, makes, argv=None):
+    """(folder, its runs) of a command whose only argument is a run's folder."""
+    parser = argparse.ArgumentParser(prog=f"python -m harness.{prog}",
+                                     description=f"Makes {makes} of a run again.")
+    parser.add_argument("folder", metavar="RUN_DIR", type=as_path, help="what train_loop.py wrote")
+    folder = Path(parser.parse_args(argv).folder)
+    return folder, find_runs(folder) or parser.error(f"{folder}: no run of train_loop.py")
+
+
+def main(argv=None):
+    folder, found = command_line("plots", "the figures", argv)
+    print(*draw_all(found, folder / "figures"), sep="\n")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not find_runs(sys.argv[1]):
-        sys.exit("usage: python -m harness.plots RUN_DIR (a folder that train_loop.py wrote)")
-    print(*draw_all(find_runs(sys.argv[1]), Path(sys.argv[1]) / "figures"), sep="\n")
+    ends.run(main, "the same command draws them again")

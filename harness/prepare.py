@@ -143,18 +143,21 @@ def read_model(s):
 
 
 def read_data(s):
-    """(training records, held-out records): the hub's own test split, the toy's, or rows set aside;
-    no prompt is in both."""
+    """(training records, held-out records): the data's own test split, the toy's, or rows set
+    aside; no prompt is in both."""
     read = functools.partial(rows.load_preferences, skip_bad_rows=s.skip_bad_rows)
     records = read(s.data)
     # Nobody wants to judge so many, unless they say so.
     wanted = 0 if s.ranker == "human" and not s.eval_ranker else s.eval_prompts
     if s.variant:
         held_out = read(Path(s.data).with_name("test.jsonl"))[:wanted]
-    elif Path(s.data).exists():
+    elif Path(s.data).is_file():
         return rows.hold_out(records, wanted, s.seed)
     else:
-        held_out = read(s.data, "test_prefs")[:wanted] if wanted else []
+        try:
+            held_out = read(s.data, "test_prefs")[:wanted] if wanted else []
+        except rows.NoSplit:
+            return rows.hold_out(records, wanted, s.seed)
     left = rows.leave_out(records, held_out)
     if len(left) < len(records):
         say(f"{len(records) - len(left)} rows have a held-out prompt and are left out of training")

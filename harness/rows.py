@@ -21,6 +21,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from harness.files import check_characters, check_file, parse_json
 from harness.scale import say
 from harness.template import strip_thought
 
@@ -30,14 +31,17 @@ ASIDE = ("instruction instructions input inputs question query context history c
          "conversations dialogue document documents passage persona tools functions image images "
          "audio video videos").split()
 NOTES = ("role", "content", "id", "model", "source", "date", "timestamp")  # may stand in a message
+NOTHING = ("", "[]", "{}", "null")  # what data sets write, as text, where they have no tools
 FILES = (".jsonl", ".json", ".csv", ".parquet")
+SPLITS = {"train_prefs": "train", "test_prefs": "test"}  # UltraFeedback's name -> most others'
 AS_TEXT = re.compile(r"""\s*(\[\s*\{\s*['"](role|content|from|value)['"]|(<s>\s*)?\[INST\]|"""
                      r"<\|?(im_start|start_header_id|system|user)\|?>|"
                      r"(#+ *)?(human|user) *:.*\n\s*(#+ *)?(assistant|ai|bot) *:)", re.I | re.S)
 
 
 def load_preferences(source, split="train_prefs", skip_bad_rows=False):
-    """The records of a JSONL, JSON, CSV or parquet file, or of `split` of a data set on the hub.
+    """The records of a JSONL, JSON, CSV or parquet file, or of `split` of a data set, on the hub or
+    in a folder (NoSplit where it has none of that name).
 
     Exact repetitions are left out and counted; prompt_ids are made unique. ValueError, one line,
     for the first row that cannot be used; with skip_bad_rows such rows are dropped and counted.
@@ -149,37 +153,75 @@ def keep_good(rows, parse, skip_bad_rows):
     return good
 
 
+class NoSplit(ValueError):
+    """A data set has no such split."""
+
+
 def read_rows(source, split):
     """(where, row) pairs; a row is a dict, or a line of JSON that is still to be parsed."""
     path, name = Path(source), str(source)
-    if path.is_dir():
-        raise ValueError(f"--data {name}: a folder; name a file in it ({', '.join(FILES)})")
-    if path.exists():
+    check_file("--data", path)
+    if path.is_file():
         return read_file(path)
-    if name.endswith(FILES) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+    if not path.is_dir() and (
+            name.endswith(FILES) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)):
         raise ValueError(f"--data {name}: no such file")
+    missing = None
+    for wanted in dict.fromkeys((split, SPLITS.get(split, split))):
+        try:
+            rows = load_split(name, wanted)
+        except NoSplit as error:
+            missing = error
+            continue
+        if wanted != split:
+            say(f"{name}: no split {split} in it; {wanted} is taken")
+        return ((f"{name}[{wanted}], row {i}", row) for i, row in enumerate(rows, 1))
+    raise missing
+
+
+def load_split(name, split):
+    """One split of a data set: of the hub, of a folder of parquet files, or what save_to_disk has
+    left. ValueError; NoSplit where only the split is missing."""
+    folder = Path(name)
+    saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+    shards = sorted(folder.rglob("*.parquet"))
+    for shard in shards:
+        check_file("--data", shard)
+    if folder.is_dir() and not saved and not shards:
+        raise ValueError(f"--data {name}: a folder without parquet files; name a file in it "
+                         f"({', '.join(FILES)})")
     import datasets  # slow to import, and most runs do not need it
     try:
-        rows = datasets.load_dataset(name, split=split)
+        if not saved:
+            return datasets.load_dataset(name, split=split)
+        splits = datasets.load_from_disk(name)
+        splits = splits if isinstance(splits, dict) else {"train": splits}
+        if split in splits:
+            return splits[split]
+        why = f"Unknown split. Should be one of {list(splits)}"
     except Exception as error:  # the hub raises a dozen kinds; all mean the same to the user
-        raise ValueError(f"--data {name}: neither a file here nor a data set that could be loaded "
-                         f"from the hub ({type(error).__name__}: {error})") from None
-    return ((f"{name}[{split}], row {i}", row) for i, row in enumerate(rows, 1))
+        why = f"{type(error).__name__}: {error}"
+    if "Unknown split" in why:
+        raise NoSplit(f"--data {name}: no split {split} in it ({why.rpartition('. ')[2]})")
+    raise ValueError(f"--data {name}: neither a file here nor a data set that could be loaded "
+                     f"from {'it' if folder.is_dir() else 'the hub'} ({why})")
 
 
 def read_file(path):
     try:
         if path.suffix == ".parquet":
             from pyarrow import parquet  # comes with datasets
+            columns_once(parquet.read_schema(path).names)
             table = parquet.read_table(path).to_pylist()
             return [(f"{path}, row {i}", row) for i, row in enumerate(table, 1)]
         text = path.read_text("utf-8-sig")  # with or without the mark that Windows puts first
         if path.suffix == ".csv":
             csv.field_size_limit(2 ** 31 - 1)
             table = csv.DictReader(io.StringIO(text), strict=True)
+            columns_once(table.fieldnames or ())
             return [(f"{path}, line {table.line_num}", row) for row in table]
         if text.lstrip().startswith("["):
-            return [(f"{path}, row {i}", row) for i, row in enumerate(json.loads(text), 1)]
+            return [(f"{path}, row {i}", row) for i, row in enumerate(parse_json(text), 1)]
     except UnicodeDecodeError as error:
         raise ValueError(f"--data {path}: not UTF-8 (byte {error.start}); unpack it if it is "
                          "packed, and save it as UTF-8") from None
@@ -190,10 +232,17 @@ def read_file(path):
     return [(f"{path}, line {i}", line) for i, line in lines if line.strip()]
 
 
+def columns_once(names):
+    """ValueError for a table with two columns of one name: only the last would be used."""
+    for name, count in Counter(names).items():
+        if name and count > 1:
+            raise ValueError(f"its header has {count} columns {name!r}; rename or remove one")
+
+
 def parse_row(row):
     """A dict or a line of JSON -> a record without `where`."""
     try:
-        row = json.loads(row) if isinstance(row, str) else row
+        row = parse_json(row) if isinstance(row, str) else row
     except (ValueError, RecursionError) as error:
         why = "too deep" if isinstance(error, RecursionError) else getattr(error, "msg", error)
         raise ValueError(f"not valid JSON ({why}); write one object a line") from None
@@ -214,10 +263,7 @@ def parse_row(row):
         prompt_id = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
     record = {"prompt_id": str(prompt_id), "prompt": prompt,
               "data_chosen": chosen["content"], "data_rejected": rejected["content"]}
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a character (a lone surrogate) stands in it; mend it") from None
+    check_characters(record)
     return record
 
 
@@ -234,7 +280,7 @@ def turns(name, value, role):
             raise ValueError(f"'{name}' has a turn whose content is missing or no string; write "
                              "its text as one string")
         for key, more in turn.items():  # data sets fill in None for what other rows have
-            if key not in NOTES and more and isinstance(more, (str, list, dict)):
+            if key not in NOTES and says_something(more):
                 raise ValueError(f"'{name}' has a turn with '{key}', which would be lost; write it "
                                  "into the content, or remove it")
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
@@ -284,11 +330,15 @@ def with_system(row, prompt):
     for name, value in row.items():
         if name is None:
             raise ValueError("the row has more cells than the header; mend it")
-        if name.lower() in ASIDE and value and isinstance(value, (str, list, dict)) and (
-                str(value).strip() not in said):
+        if name.lower() in ASIDE and says_something(value) and str(value).strip() not in said:
             raise ValueError(f"the column '{name}' would change the conversation and is not used; "
                              "write it into the messages, or remove it")
     return prompt
+
+
+def says_something(value):
+    """Whether a column or a key beside the conversation has a text, or a structure."""
+    return isinstance(value, (str, list, dict)) and str(value).strip() not in NOTHING
 
 
 def has_system(messages):

@@ -29,6 +29,7 @@ import tempfile
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from harness.files import check_apart, is_special
 from harness.scale import PROCESS, PROCESSES, checksum, only_first, raise_everywhere, say, told
 
 try:
@@ -61,7 +62,13 @@ def printable(text):
 
 
 def write_text(path, text):
-    """Writes a file so that it appears whole or not at all (temporary name, fsync, rename)."""
+    """Writes a file so that it appears whole or not at all (temporary name, fsync, rename). A link
+    is followed. A pipe or a device is written to as it is: a rename would replace it."""
+    if is_special(path):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    path = os.path.realpath(path)
     temporary = Path(f"{path}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -309,16 +316,28 @@ class Share:
         return (self.items[place] for place in self.places)
 
 
-def check_writable(path):
-    """ValueError, before hours of work, where `path` could not be written at their end."""
+def check_writable(path, inputs=(), flag="--output"):
+    """ValueError, before hours of work, where `path` could not be written at their end, or would
+    replace what the command reads. inputs: (flag, path)."""
+    temporary = f"{os.path.realpath(path)}.tmp"  # the name under which it will be written
+    if os.path.isfile(path):  # it would be replaced while it is written to
+        inputs = [*inputs, ("standard output", "/dev/stdout")]
+    for name in (path, temporary):
+        check_apart(flag, name, inputs)
+    if os.path.exists(temporary):
+        raise ValueError(f"{flag} {path}: {temporary} is in the way, under whose name it is first "
+                         "written; move that, or name another")
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(21, "it is a folder")
-        with open(f"{path}.tmp", "a"):  # the name under which it will be written
-            pass
-        os.unlink(f"{path}.tmp")
+        if not is_special(path):
+            with open(temporary, "x"):
+                pass
+            os.unlink(temporary)
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
     except OSError as error:
-        raise ValueError(f"--output {path}: cannot be written ({error.strerror}); name a file in a "
+        raise ValueError(f"{flag} {path}: cannot be written ({error.strerror}); name a file in a "
                          "folder that exists") from error
 
 

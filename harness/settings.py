@@ -173,19 +173,45 @@ class Settings:
 # ----------------------------------------------------------------------------------------------
 
 YES_OR_NO = argparse.BooleanOptionalAction
+
+
+def as_text(value):
+    """A flag's value that will be written into a file or shown to a model. (Bytes that are not
+    UTF-8 reach Python as half characters, which fail only when they are written.)"""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("not UTF-8 text") from None
+    return value
+
+
+def as_path(value):
+    """A file, folder or hub id. The shell expands no ~ behind a = or in quotes."""
+    return os.path.expanduser(as_text(value))
+
+
+def as_judge(value):
+    """~/judge.py:f, reward:~/model."""
+    kind, colon, rest = value.partition(":")
+    return as_path(kind) + colon + as_path(rest)
+
+
 FLAGS = {
     "what to train, on what, judged by whom": {
-        "model": dict(default="toy", help=f"a recipe ({', '.join(RECIPES)}), a hub id org/name, a "
-                      "folder, or a .gguf file"),
-        "data": dict(help="preferences in UltraFeedback-binarized format: a JSONL, JSON, csv or "
-                     "parquet file, or a hub id"),
+        "model": dict(type=as_path, default="toy", help=f"a recipe ({', '.join(RECIPES)}), a hub "
+                      "id org/name, a folder, or a .gguf file"),
+        "data": dict(type=as_path, help="preferences in UltraFeedback-binarized format: a JSONL, "
+                     "JSON, csv or parquet file, a folder of datasets, or a hub id"),
         "skip-bad-rows": dict(action="store_true", help="leave out and count rows that cannot be "
                               "used, instead of stopping at the first"),
-        "ranker": dict(help="pairrm[:ID] | reward:ID | file.py:function | human | oracle (toy)"),
-        "eval-ranker": dict(help="judge of the held-out answers, another one of these; without it "
-                            "the same, and win rates say how well that was pleased"),
-        "chat-template": dict(metavar="FILE", help="Jinja chat template, for a model without one"),
-        "run-dir": dict(help="where everything goes (runs/NAME)")},
+        "ranker": dict(type=as_judge, help="pairrm[:ID] | reward:ID | file.py:function | human | "
+                       "oracle (toy)"),
+        "eval-ranker": dict(type=as_judge, help="judge of the held-out answers, another one of "
+                            "these; without it the same, and win rates say how well that was "
+                            "pleased"),
+        "chat-template": dict(type=as_path, metavar="FILE", help="Jinja chat template, for a model "
+                              "without one"),
+        "run-dir": dict(type=as_path, help="where everything goes (runs/NAME)")},
     "the method": {
         "alpha": dict(type=float, help="optimism; 0 is iterative DPO; the paper: 1e-3 or 1e-4, "
                       "out of 5e-3 .. 1e-4"),
@@ -224,9 +250,9 @@ FLAGS = {
         "temperature": dict(type=float, help="0: greedy, as the authors' code; 1: as the paper "
                             "writes"),
         "top-p": dict(type=float, default=1.0, help="nucleus sampling"),
-        "samples-from": dict(metavar="FILE", help="samples that another engine (vLLM) has drawn; "
-                             "{k} stands for the iteration. Run it once to get the prompts; "
-                             "harness/outside.py has the format")},
+        "samples-from": dict(type=as_path, metavar="FILE", help="samples that another engine "
+                             "(vLLM) has drawn; {k} stands for the iteration. Run it once to get "
+                             "the prompts; harness/outside.py has the format")},
     "speed and memory": {
         "tokens-per-forward": dict(type=int, help="budget of a micro-batch; memory grows with it"),
         "slots": dict(type=int, help="responses sampled side by side"),
@@ -304,6 +330,9 @@ def complete(given):
     name = model if model in RECIPES else name.removesuffix(".gguf").lower()
     if given["run_dir"] == "":
         raise ValueError("--run-dir: the name is empty")
+    if not given["run_dir"] and name != name.encode(errors="ignore").decode():
+        raise ValueError("--model: its folder's name, by which the run is called, is not UTF-8 "
+                         "text; give --run-dir")
     device = values.get("device") or (
         "cuda" if (torch.cuda.is_available() or values.get("dry_run")) and not values["variant"]
         else "cpu")

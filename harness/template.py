@@ -16,6 +16,8 @@ from types import SimpleNamespace
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
+from harness.files import check_file
+
 
 class ChatFormat:
     """Messages and responses -> ids, and ids -> what a judge reads, by one tokenizer's template.
@@ -244,6 +246,7 @@ def load_tokenizer(path, chat_template=None):
         raise ValueError(f"--model {path}: no tokenizer could be loaded "
                          f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
     if chat_template:
+        check_file("--chat-template", chat_template)
         try:
             tokenizer.chat_template = Path(chat_template).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:

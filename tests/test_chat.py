@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -189,13 +190,49 @@ def test_flags_that_cannot_be_meant_are_refused(folder, flags, message):
         chat.main(["--model", str(folder), "--prompt", "x", *flags.split()])
 
 
-def test_bad_files_are_refused_before_a_model_is_loaded(tmp_path):
+def test_text_that_is_not_utf_8_is_refused_before_anything_runs(folder, tmp_path, capsys):
+    """A traceback of the tokenizer; 805 answers that cannot be written for the generator's name."""
+    for flags in (["--prompt", "a\udcff"], ["--prompt", "a", "--generator", "\udcff"]):
+        with pytest.raises(SystemExit) as end:
+            chat.main(["--model", str(folder), *flags])
+        assert end.value.code == 2 and f"{flags[-2]}: not UTF-8" in capsys.readouterr().err
+    (tmp_path / "in.json").write_text('[{"instruction": "x"}]')
+    (tmp_path / "\udcff").mkdir()
+    (tmp_path / "link").symlink_to("\udcff")  # the name of what --model is in the end
+    with pytest.raises(ValueError, match="--generator .*half of a character"):
+        chat.main(["--model", str(tmp_path / "link"), "--alpaca-eval", str(tmp_path / "in.json"),
+                   "--output", str(tmp_path / "out.json")])
+
+
+def test_a_turn_that_is_not_utf_8_does_not_end_a_chat(folder, monkeypatch, capsys):
+    """A conversation that is lost over a mistyped character."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\udcff\nhello\n"))
+    chat.main(["--model", str(folder), "--max-new-tokens", "8", "--interactive"])
+    output = capsys.readouterr()
+    assert "half of a character" in output.err and output.out.split("> ")[2].strip()
+
+
+def test_a_home_folder_is_found_where_the_shell_does_not_expand_it(folder, monkeypatch, capsys):
+    """`--model=~/policy`, asked of the hub."""
+    monkeypatch.setenv("HOME", str(folder.parent))
+    chat.main([f"--model=~/{folder.name}", "--prompt", "hello", "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.strip()
+
+
+def test_bad_files_are_refused_before_a_model_is_loaded(folder, tmp_path):
     """An output that cannot be written, found out after the sampling of 805 answers."""
     files = {"bad": b'[{"text": "x"}]', "good": b'\xef\xbb\xbf[{"instruction": "x"}]',
              "latin": '[{"instruction": "\xe9"}]'.encode("latin-1"), "none": b"[]", "half": b"[{"}
+    files |= {"half character": b'[{"instruction": "x"}, {"instruction": "\\ud800"}]',
+              "twice": b'[{"instruction": "x", "instruction": "y"}]', "deep": b"[" * 100_000}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "pipe")
     for source, output, message in [
+            ("half character", "o.json", "entry 1 holds half of a character"),
+            ("twice", "o.json", "'instruction' stands twice"), ("deep", "o.json", "cannot be read"),
+            ("pipe", "o.json", "pipe: a pipe or a device"),
+            ("good", "good", "the same file as .*good, which --alpaca-eval names"),
             ("bad", "o.json", "entry 0 has no string"), (".", "o.json", "cannot be read"),
             ("latin", "o.json", "latin: cannot be read"), ("none", "o.json", "one or more"),
             ("half", "o.json", "cannot be read"), ("absent", "o.json", "absent: cannot be read"),
@@ -204,7 +241,10 @@ def test_bad_files_are_refused_before_a_model_is_loaded(tmp_path):
         with pytest.raises(ValueError, match=message):
             chat.main(["--model", "nowhere", "--alpaca-eval", str(tmp_path / source),
                        "--output", str(tmp_path / output)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+    with pytest.raises(ValueError, match="--chat-template .*pipe: a pipe or a device"):
+        chat.main(["--model", str(folder), "--prompt", "x", "--chat-template",
+                   str(tmp_path / "pipe")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*files, "pipe"])
 
 
 def test_a_prompt_that_fills_the_context_is_refused_by_its_number(folder, tmp_path):

@@ -219,3 +219,12 @@ def test_files_that_do_not_belong_together_are_refused_by_name(theirs, words, tm
     files = ["--outputs", mine, "--reference", str(tmp_path / "theirs.json")]
     with pytest.raises(SystemExit, match="error: "):
         ends.run(lambda: duel.main(files))
+
+
+def test_scores_are_not_kept_in_what_is_judged(tmp_path):
+    """Lines of scores behind the outputs of a model, which no program reads any more."""
+    mine, theirs = (outputs(tmp_path / name, [("do 1", "a")]) for name in ("mine", "theirs"))
+    for path, flag in ((mine, "--outputs"), (theirs, "--reference")):
+        with pytest.raises(ValueError, match=f"--scores {path}: the same file as .*{flag}"):
+            duel.main(["--outputs", mine, "--reference", theirs, "--scores", path,
+                       "--ranker", "nobody.py:calls"])

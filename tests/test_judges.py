@@ -648,6 +648,7 @@ def test_a_bad_line_is_named_and_an_old_output_stays(tmp_path, rank, make_judge)
              ('{"prompt": "Why?", "candidates": [1]}', "line 2: candidates"),
              ('{"prompt": "\\ud800", "candidates": ["a"]}', "line 2: half a surrogate"),
              ('{"prompt": "?", "candidates": ["a"], "x": "\\udfff"}', "line 2: half a surrogate"),
+             ('{"prompt": "?", "candidates": ["a"], "candidates": ["b"]}', "'candidates' stands"),
              ("[" * 100_000, "line 2: not valid JSON"),
              ('{"prompt_id": "bad", "prompt": "?", "candidates": ["a"]}', "prompt_id line 1")]
     for line, message in cases:
@@ -659,7 +660,9 @@ def test_a_bad_line_is_named_and_an_old_output_stays(tmp_path, rank, make_judge)
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "No such file"), ("folder", "Is a directory"), (b"", "no line"), (b" \n\n", "no line"),
+    (None, "No such file"), ("folder", "Is a directory"), ("pipe", "a pipe or a device"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    (b"", "no line"), (b" \n\n", "no line"),
     (b'[{"prompt": "?", "candidates": ["a"]}]', "JSON array"), (b"[\n  {\n", "JSON array"),
     ("Wozu? Für".encode("latin-1"), "not UTF-8"), (GOOD.encode("utf-16"), "not UTF-8"),
     (b"prompt,candidates\nWhy,a\n", "line 1: not valid JSON")])
@@ -669,6 +672,8 @@ def test_an_input_of_another_kind_is_refused_with_its_name(content, words, rank,
     path.unlink()
     if content == "folder":
         path.mkdir()
+    elif content == "pipe":
+        os.mkfifo(path)
     elif content is not None:
         path.write_bytes(content)
     error = rank("nobody.py:calls")
@@ -687,6 +692,38 @@ def test_what_cannot_work_is_refused_before_the_judge_is_asked(extra, words, ran
     """Catches hours of judging whose result cannot be written, and numbers that are nonsense."""
     error = rank(make_judge("    raise RuntimeError('asked')\n"), *extra)
     assert words in error and "asked" not in error and error.isprintable()
+
+
+def test_no_output_takes_the_place_of_what_the_command_reads(rank, make_judge, tmp_path):
+    """Catches candidates, a judge or kept scores that are replaced by the ranked file, or removed
+    with the scores of a finished command."""
+    judge = make_judge("    raise RuntimeError('asked')\n")
+    given, file = str(tmp_path / "in.jsonl"), judge.rpartition(":")[0]
+    (tmp_path / "scores").write_text("")
+    (tmp_path / "x.scores.jsonl").symlink_to("in.jsonl")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for extra, words in [
+            (["--output", given], "--input"), (["--output", file], "--ranker"),
+            (["--output", str(tmp_path / "x")], "--input"), (["--scores", given], "--input"),
+            (["--scores", file], "--ranker"), (["--scores", str(tmp_path / "out.jsonl")],
+                                               "--output"),
+            (["--output", str(tmp_path / "scores"), "--scores", str(tmp_path / "scores")],
+             "--output"), (["--scores", str(tmp_path)], "it is a folder")]:
+        error = rank(judge, *extra)
+        assert words in error and "asked" not in error and error.isprintable()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_an_output_that_is_a_pipe_gets_the_ranked_lines_and_no_other(make_judge, tmp_path):
+    """Catches a pipe or device that a file replaces, with a file of scores beside it; and a last
+    word of ours among the lines that another program reads."""
+    (tmp_path / "in.jsonl").write_text(GOOD)
+    (tmp_path / "out").symlink_to("/dev/fd/1")  # never the device itself: root could replace it
+    done = run_cli("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out", "--ranker",
+                   make_judge())
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["scores"] == [1.0, 2.0] and "1 prompts ranked" in done.stderr
+    assert (tmp_path / "out").is_symlink() and not list(tmp_path.glob("*scores*"))
 
 
 def test_a_prompt_that_the_judge_cannot_read_is_refused_by_line(rank, tmp_path):

@@ -1,6 +1,7 @@
 """Tests of harness/outside.py: samples that another engine has drawn."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,13 @@ def test_a_line_that_is_no_sample_is_refused_by_its_number(line, words, tmp_path
     path.write_text(f"{json.dumps(GOOD)}\n{line}\n")
     with pytest.raises(ValueError, match=words):
         outside.read(path, 1)
+
+
+def test_a_pipe_of_samples_is_not_waited_for(tmp_path):
+    """A run that hangs without a word."""
+    os.mkfifo(tmp_path / "samples.jsonl")
+    with pytest.raises(ValueError, match="^--samples-from .*samples.jsonl: a pipe or a device"):
+        outside.read(tmp_path / "samples.jsonl", 1)
 
 
 def test_a_prompt_without_a_sample_is_refused_before_anything_is_written(command, tmp_path):

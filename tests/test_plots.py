@@ -10,7 +10,7 @@ from conftest import ROOT
 from matplotlib import pyplot
 
 import train_loop
-from harness import plots
+from harness import page, plots
 from harness.rundir import write_jsonl
 from harness.settings import RECIPES
 from test_train_loop import SMALL, write_judge, write_model, write_preferences
@@ -161,3 +161,12 @@ def test_a_paper_recipe_with_its_offline_iteration_gets_every_figure_and_the_pag
     assert list(plots.iterations(run, "eval.jsonl")) == [-1, 0, 1]
     text = (run / "report.html").read_text()
     assert text.count("<img ") == 5 and "SELM, iteration 0: candidates" in text
+
+
+@pytest.mark.parametrize("command", [plots.main, page.main])
+def test_a_wrong_command_line_has_exit_code_2(command, tmp_path, capsys):
+    """Usage errors that a script cannot tell from a failure."""
+    for arguments in ([], [str(tmp_path)], ["a", "b"]):
+        with pytest.raises(SystemExit) as end:
+            command(arguments)
+        assert end.value.code == 2 and capsys.readouterr().err.startswith("usage: ")

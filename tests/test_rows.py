@@ -2,11 +2,14 @@
 
 import csv
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import TEMPLATES, make_tokenizer
-from harness.rows import check_rows, load_preferences
+from harness import prepare
+from harness.rows import NoSplit, check_rows, load_preferences
 from harness.template import ChatFormat
 
 CHAT = [{"role": "user", "content": "hello there"},
@@ -81,6 +84,10 @@ GOOD = {
             chosen_model="gpt", source="web", tags=["a"]), CHAT),
     "a column that repeats the prompt": (
         row(instruction="the cat sat ", input="", history=[]), CHAT),
+    **{f"tools {text!r}": (row(tools=text), CHAT) for text in ("[]", "{} ", "null", " ")},
+    "no tool calls, as text": (
+        row(chosen=[*({**t, "tool_calls": "[]"} for t in CHAT), answer("a", tool_calls="null")]),
+        CHAT),
     "keys that a data set filled in": (
         row(chosen=[*({**t, "tool_calls": None} for t in CHAT), answer("a", name=None, weight=1)]),
         CHAT),
@@ -122,7 +129,8 @@ BAD = {
     "system is no string": (row(system=3), "'system' must be"),
     **{f"column {name}": (row(**{name: value}), f"column '{name}'") for name, value in [
         ("instruction", "Be rude."), ("input", "x y"), ("history", [["a", "b"]]),
-        ("tools", [{"name": "w"}]), ("Context", "a page"), ("images", ["a.png"])]},
+        ("tools", [{"name": "w"}]), ("tools", '[{"name": "w"}]'), ("Context", "a page"),
+        ("images", ["a.png"])]},
     "tool call": (row([user("weather?"), answer("", **TOOL_CALL),
                        {"role": "tool", "content": "rain"}], prompt=None), "'tool_calls'"),
     "tool call in prompt": (row(prompt=[user("a"), answer("", **TOOL_CALL), user("b")], chosen="x",
@@ -278,6 +286,13 @@ def test_every_kind_of_file_gives_the_same_records(name, tmp_path):
     ("a.jsonl", b"3\n", "line 1: expected a JSON object, found int"),
     ("a.json", b"[3]", "row 1: expected a JSON object"),
     ("a.json", b"[{},", "cannot be read as json"),
+    ("a.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}\n',
+     "line 1: .*'chosen' stands twice"),
+    ("a.json", b'[{"prompt": [{"role": "user", "content": "a", "role": "user"}]}]',
+     "'role' stands twice"),
+    ("a.csv", b"prompt,chosen,rejected,chosen\na,b,c,d\n", "2 columns 'chosen'"),
+    ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid x\n", "run git lfs pull"),
+    ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid x\n", "run git lfs pull"),
     ("a.json", b"[]", "no preference rows"), ("a.jsonl", b"", "no preference rows"),
     ("a.jsonl", b"\xef\xbb\xbf\n \n", "no preference rows"),
     ("a.csv", b"prompt,chosen,rejected\n", "no preference rows"),
@@ -309,6 +324,70 @@ def test_a_folder_a_missing_file_and_a_missing_data_set_are_three_things(tmp_pat
                           ("org/prefs", "neither a file here nor a data set.*offline")]:
         with pytest.raises(ValueError, match=words):
             load_preferences(source)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    """A run that hangs without a word."""
+    os.mkfifo(tmp_path / "p.jsonl")
+    with pytest.raises(ValueError, match="^--data .*p.jsonl: a pipe or a device"):
+        load_preferences(tmp_path / "p.jsonl")
+
+
+@pytest.fixture
+def data_sets(tmp_path, monkeypatch):
+    """{name: folder} of data sets as `datasets` and the hub leave them, with their split names."""
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    train, test = (datasets.Dataset.from_list(rows) for rows in (PLAIN[:2], PLAIN[2:]))
+    train.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "splits")
+    for folder, name, rows in [("shards", "a", PLAIN[:1]), ("shards", "b", PLAIN[1:2]),
+                               ("hub", "train_prefs-00000-of-00001", PLAIN[:2]),
+                               ("hub", "test_prefs-00000-of-00001", PLAIN[2:])]:
+        (tmp_path / folder / "data").mkdir(parents=True, exist_ok=True)
+        write_parquet(tmp_path / folder / f"data/{name}.parquet", rows)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, own_test", [("saved", False), ("splits", True), ("shards", False),
+                                            ("hub", True)])
+def test_a_folder_of_datasets_is_read_with_its_splits(name, own_test, data_sets, capsys):
+    """A data set that has been downloaded or filtered, and 'name a file in it'; a train split taken
+    for the test split."""
+    path = data_sets / name
+    texts = [r["prompt"][0]["content"] for r in load_preferences(path)]
+    assert texts == [row["prompt"] for row in PLAIN[:2]]
+    said = capsys.readouterr().out
+    assert ("no split train_prefs in it; train is taken" in said) == (name != "hub")
+    if own_test:
+        [record] = load_preferences(path, "test_prefs")
+        assert record["prompt"][0]["content"] == PLAIN[2]["prompt"] and "test" in record["where"]
+    else:
+        with pytest.raises(NoSplit, match=f"{name}: no split test in it .*train"):
+            load_preferences(path, "test_prefs")
+
+
+def test_rows_are_set_aside_where_a_data_set_has_no_test_split(tmp_path, monkeypatch, capsys):
+    """Hub data sets with train alone, or train and test, that no run can read."""
+    import datasets
+    splits = {"train": [{**PLAIN[0], "prompt": f"p{i}", "prompt_id": i} for i in range(10)]}
+
+    def load_dataset(name, split):
+        if split not in splits:
+            raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
+        return splits[split]
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    s = SimpleNamespace(skip_bad_rows=False, data="org/prefs", ranker="pairrm", eval_ranker=None,
+                        eval_prompts=2, variant=None, seed=0)
+    left, held_out = prepare.read_data(s)
+    assert (len(left), len(held_out)) == (8, 2) and "; train is taken" in capsys.readouterr().out
+    splits["test"] = PLAIN[:1]
+    left, held_out = prepare.read_data(s)
+    assert (len(left), [r["prompt_id"] for r in held_out]) == (10, ["0"])
+    splits.clear()
+    with pytest.raises(ValueError, match=r"--data org/prefs: no split train in it \(Should be"):
+        prepare.read_data(s)
 
 
 def test_the_real_preference_file_parses(real_preferences):

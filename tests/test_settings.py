@@ -100,3 +100,22 @@ def test_the_toy_is_refused_before_its_world_is_made(flags, words):
     """What read_model finds of other models, found here after a minute of training."""
     with pytest.raises(ValueError, match=words):
         prepare.read_inputs(settings.read(flags.split()))
+def test_paths_are_text_and_begin_at_home_where_they_say_so(monkeypatch, tmp_path, capsys):
+    """`--data=~/prefs.jsonl`, which no shell expands; a run that fails when its name is written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    s = settings.read(["--model=~/model", "--data=~/d.jsonl", "--ranker=~/a:b/judge.py:f",
+                       "--eval-ranker=reward:~/rm", "--chat-template=~/t", "--run-dir=~/run",
+                       "--samples-from=~/{k}"])
+    home = str(tmp_path)
+    assert [s.model, s.data, s.ranker, s.eval_ranker, s.chat_template, str(s.run_dir),
+            s.samples_from] == [f"{home}/model", f"{home}/d.jsonl", f"{home}/a:b/judge.py:f",
+                                f"reward:{home}/rm", f"{home}/t", f"{home}/run", home + "/{k}"]
+    for flag in ("--model", "--data", "--ranker", "--run-dir", "--samples-from"):
+        with pytest.raises(SystemExit) as end:
+            settings.read([f"{flag}=a\udcff"])
+        assert end.value.code == 2 and f"{flag}: not UTF-8 text" in capsys.readouterr().err
+    (tmp_path / "\udcff").mkdir()
+    monkeypatch.chdir(tmp_path / "\udcff")
+    with pytest.raises(ValueError, match="not UTF-8 text; give --run-dir"):
+        settings.read(["--model", ".", "--data", "d.jsonl"])
