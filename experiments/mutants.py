@@ -137,6 +137,17 @@ MUTANTS = [
     ("a response is tokenised by itself", "harness/template.py",
      "return prompt[max(0, prompt.rfind(self.cut)) if self.cut else 0:]", 'return ""',
      "tests/test_templates.py"),
+    ("an end token that the template leaves out is always eos", "harness/template.py",
+     "if end_id in stops and behind.startswith(after):", "if False:",
+     "tests/test_templates.py::test_where_the_template_leaves_the_end_out_an_answer_ends_as_the_"
+     "models_own_do"),
+    ("the saved policy's template opens a thought again", "harness/template.py",
+     "            self.note = (f\"", "            tokenizer.chat_template = self.own_template\n"
+     "            self.note = (f\"",
+     "tests/test_templates.py::test_a_saved_policy_has_the_switch_in_its_template"),
+    ("a template that changes some answers goes unnoticed", "harness/template.py",
+     "if said != told:", "if False:",
+     "tests/test_templates.py::test_a_template_that_changes_some_answers_is_refused_by_the_row"),
     ("scores of another judge are taken for this one's", "harness/judges.py",
      "for file in {self.path, *others} - {None}:",
      "for file in {self.path, *(self.path.parent.glob('*') if self.path else ())} - {None}:",

@@ -108,7 +108,7 @@ def with_data(inputs, s):
     if inputs.eval_judge and held_out:
         inputs.eval_judge.dry_call(held_out)
     sampler = check_model(s, chat, records)
-    template = hashlib.sha256(chat.tokenizer.chat_template.encode()).hexdigest()[:16]
+    template = hashlib.sha256(chat.own_template.encode()).hexdigest()[:16]
     made_from = {"model": source(s.model), "data": digest(records, held_out),
                  "chat template": template, **judged_by(s, inputs)}
     if "strftime_now" in chat.tokenizer.chat_template:
