@@ -148,6 +148,18 @@ MUTANTS = [
     ("a template that changes some answers goes unnoticed", "harness/template.py",
      "if said != told:", "if False:",
      "tests/test_templates.py::test_a_template_that_changes_some_answers_is_refused_by_the_row"),
+    ("samples of another engine go on after their end", "harness/outside.py",
+     "if not stop_ids.isdisjoint(ids[:-1]):", "if False:", "tests/test_outside.py"
+     "::test_ids_that_the_policy_cannot_have_said_are_refused_before_the_first_is_used"),
+    ("text of another engine that lost its channel is taken without a word", "harness/outside.py",
+     "if only_text and special:", "if False:", "tests/test_outside.py"
+     "::test_text_that_lost_the_channel_before_the_answer_is_reported"),
+    ("rows of two versions of another engine's file are joined", "harness/outside.py",
+     "if begun and used.exists()", "if False", "tests/test_outside.py"
+     "::test_a_file_that_changes_between_a_kill_and_the_next_command_is_noticed"),
+    ("--fresh deletes the samples that it reads", "harness/prepare.py",
+     'names += [("--samples-from", file) for file in outside.files(s)]', "pass",
+     "tests/test_outside.py::test_fresh_does_not_delete_the_files_that_the_run_reads"),
     ("scores of another judge are taken for this one's", "harness/judges.py",
      "for file in {self.path, *others} - {None}:",
      "for file in {self.path, *(self.path.parent.glob('*') if self.path else ())} - {None}:",

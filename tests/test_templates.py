@@ -222,8 +222,8 @@ def test_a_thought_that_the_prompt_opens_is_closed_with_the_templates_switch_and
 
 @pytest.mark.parametrize("template", [
     SHAPES["glm_with_a_switch"][0], "\n  " + SHAPES["glm_with_a_switch"][0],
-    SHAPES["qwen3"][0].replace("assistant\n'", "assistant\n' + ('' if enable_thinking is defined and "
-                               "not enable_thinking else '<think>\n')"),
+    SHAPES["qwen3"][0].replace("assistant\n'", "assistant\n' + ('' if enable_thinking is defined "
+                               "and not enable_thinking else '<think>\n')"),
     "{%- if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
     "{% macro opened() %}{{ '<think>' if enable_thinking else '' }}{% endmacro %}" + CHATML.replace(
         "'<|im_start|>assistant\n'", "'<|im_start|>assistant\n' + opened()")])
