@@ -257,16 +257,14 @@ class ChatFormat:
             end_id = self._first_mark(behind)
             if end_id in stops and behind.startswith(after):
                 return behind[len(after):behind.index(token(end_id))] + token(end_id), end_id
-        ends = {eos} if eos in stops or not stops else stops
-        names = [token(i) for i in sorted(ends - {None})]
-        if after.strip() or not names:
+        if after.strip() or eos is None:
             raise ValueError("the chat template does not close the assistant's turn with a special "
                              "token, and no response can end without; fix it with --chat-template")
-        if len(names) > 1:
+        if stops and eos not in stops:
             raise ValueError("the chat template does not close the assistant's turn, and the model "
-                             f"may end its own with any of {', '.join(names)}; write the right one "
-                             "into the template, and pass it with --chat-template")
-        return names[0], min(ends)
+                             f"ends its own with {' or '.join(map(token, sorted(stops)))}; write "
+                             "that into the template, and pass it with --chat-template")
+        return token(eos), eos
 
 
 def strip_thought(text):

@@ -408,7 +408,7 @@ OPEN_AT_THE_END = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' 
     (NEXT_ROLE, ["</s>", "<|user|>", "<s>"], "<|user|>"), (NEXT_ROLE, ["<|user|>"], "<|user|>"),
     (NEXT_ROLE.replace("{{ '<|'", "{{ '' if loop.first else '\n' }}{{ '<|'").replace(
         "{{ '<|assistant|>", "{{ '\n<|assistant|>"), ["</s>", "<|user|>"], "\n<|user|>"),
-    (OPEN_AT_THE_END, ["</s>", "<|im_end|>"], "<|im_end|>"), (NEXT_ROLE, ["<s>"], "<s>"),
+    (OPEN_AT_THE_END, ["</s>", "<|im_end|>"], "<|im_end|>"),
     (NEXT_ROLE, ["</s>", "<s>"], "</s>"), (NEXT_ROLE, [], "</s>"), (NEXT_ROLE, [-1], "</s>"),
     ("{{ raise_exception('one question') if messages | length > 2 }}" + NEXT_ROLE,
      ["</s>", "<|user|>"], "</s>")])
@@ -430,9 +430,9 @@ def test_where_the_template_leaves_the_end_out_an_answer_ends_as_the_models_own_
 
 
 def test_a_model_that_ends_its_turns_as_the_template_never_shows_is_refused():
-    """Which of several end tokens the policy says is a guess; a wrong one is trained."""
+    """The data's answers end with eos, which this model never says."""
     tokenizer = make(NEXT_ROLE, specials=["<|eom|>"])
-    with pytest.raises(ValueError, match="any of <s>, <.eom.>; write the right one"):
+    with pytest.raises(ValueError, match="ends its own with <s> or <.eom.>; write that into"):
         ChatFormat(tokenizer, tokenizer.convert_tokens_to_ids(["<s>", "<|eom|>"]))
 
 
