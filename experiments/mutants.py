@@ -155,7 +155,7 @@ MUTANTS = [
      "if only_text and special:", "if False:", "tests/test_outside.py"
      "::test_text_that_lost_the_channel_before_the_answer_is_reported"),
     ("rows of two versions of another engine's file are joined", "harness/outside.py",
-     "if begun and used.exists()", "if False", "tests/test_outside.py"
+     "if used and before.exists()", "if False and before.exists()", "tests/test_outside.py"
      "::test_a_file_that_changes_between_a_kill_and_the_next_command_is_noticed"),
     ("--fresh deletes the samples that it reads", "harness/prepare.py",
      'names += [("--samples-from", file) for file in outside.files(s)]', "pass",

@@ -26,19 +26,22 @@ from pathlib import Path
 
 import data
 from harness import weights
-from harness.rundir import write_jsonl, write_text
+from harness.rundir import Rows, write_jsonl, write_text
 from harness.scale import checksum, only_first, say
 from harness.template import HALF
+
+READ = "samples_from.sha256"  # in iter_K: the checksum of FILE, while its rows are being used
 
 
 def samples(records, policy, start, s):
     """The rows of samples.jsonl, as train_loop.sample_responses yields them. ValueError names what
     is missing or wrong, and what to do about it, before the first of them."""
     source, chat = file_of(s, s.iteration), start.chat
+    here = start.run.folder / f"iter_{s.iteration}"
     only_first(ask_for, source, policy, start, s)
     found = read(source, s.responses_per_prompt)
     only_first(check, found, source, policy, start, s)
-    only_first(check_unchanged, source, start.run.folder / f"iter_{s.iteration}")
+    only_first(check_unchanged, source, here)
     records = iter(records)
     while chunk := list(itertools.islice(records, 1000)):
         samples = [found[record["prompt_id"]] for record in chunk]
@@ -50,6 +53,8 @@ def samples(records, policy, start, s):
             yield {"prompt_id": row["prompt_id"], "samples": [
                 {"ids": ids, "text": chat.text(ids), "finished": ids[-1] in chat.stop_ids}
                 for ids in responses]}
+    if sum(map(len, map(Rows, parts(here)))) == len(start.portions[s.iteration - s.first]):
+        (here / READ).unlink(missing_ok=True)  # by the last process to get here
 
 
 def file_of(s, k):
@@ -178,15 +183,19 @@ def check_ids(y, limit, vocabulary, stop_ids):
 
 
 def check_unchanged(source, here):
-    """ValueError where a stopped command has used rows of FILE, and FILE has changed since. (The
-    name is that of a part, for it goes with them when samples.jsonl is whole.)"""
-    used, now = here / "samples.jsonl.part_from", checksum(source)
-    begun = any(part.stat().st_size for part in here.glob("samples.jsonl.part*of*"))
-    if begun and used.exists() and used.read_text("utf-8") != now:
+    """ValueError where a stopped command has used rows of FILE, and FILE has changed since."""
+    before, now = here / READ, checksum(source)
+    used = any(part.stat().st_size for part in parts(here))
+    if used and before.exists() and before.read_text("utf-8") != now:
         raise ValueError(f"--samples-from {source} has changed since a stopped command used rows "
                          f"of it; put the old one back, or delete {here}/samples.jsonl.part* to "
                          "use this one")
-    write_text(used, now)
+    write_text(before, now)
+
+
+def parts(here):
+    """Files of the rows that processes have used so far; see rundir."""
+    return here.glob("samples.jsonl.part*of*")
 
 
 def ids_of_text(ids, finished, chat):
