@@ -172,6 +172,29 @@ MUTANTS = [
     ("scores are kept in what is ranked", "harness/judges.py",
      'check_writable(path, inputs, "--scores")', "pass", "tests/test_judges.py"
      "::test_no_output_takes_the_place_of_what_the_command_reads"),
+    ("an end token that the template leaves out is always eos", "harness/template.py",
+     "if end_id in stops and behind.startswith(after):", "if False:",
+     "tests/test_templates.py::test_where_the_template_leaves_the_end_out_an_answer_ends_as_the_"
+     "models_own_do"),
+    ("the saved policy's template opens a thought again", "harness/template.py",
+     "            self.note = (f\"", "            tokenizer.chat_template = self.own_template\n"
+     "            self.note = (f\"",
+     "tests/test_templates.py::test_a_saved_policy_has_the_switch_in_its_template"),
+    ("a template that changes some answers goes unnoticed", "harness/template.py",
+     "if said != told:", "if False:",
+     "tests/test_templates.py::test_a_template_that_changes_some_answers_is_refused_by_the_row"),
+    ("samples of another engine go on after their end", "harness/outside.py",
+     "if not stop_ids.isdisjoint(ids[:-1]):", "if False:", "tests/test_outside.py"
+     "::test_ids_that_the_policy_cannot_have_said_are_refused_before_the_first_is_used"),
+    ("text of another engine that lost its channel is taken without a word", "harness/outside.py",
+     "if only_text and special:", "if False:", "tests/test_outside.py"
+     "::test_text_that_lost_the_channel_before_the_answer_is_reported"),
+    ("rows of two versions of another engine's file are joined", "harness/outside.py",
+     "if used and before.exists()", "if False and before.exists()", "tests/test_outside.py"
+     "::test_a_file_that_changes_between_a_kill_and_the_next_command_is_noticed"),
+    ("--fresh deletes the samples that it reads", "harness/prepare.py",
+     'names += [("--samples-from", file) for file in outside.files(s)]', "pass",
+     "tests/test_outside.py::test_fresh_does_not_delete_the_files_that_the_run_reads"),
     ("scores of another judge are taken for this one's", "harness/judges.py",
      "for file in {self.path, *others} - {None}:",
      "for file in {self.path, *(self.path.parent.glob('*') if self.path else ())} - {None}:",
@@ -184,7 +207,7 @@ MUTANTS = [
      'if quantised and "gguf_file" not in options:', "if False:",
      "tests/test_architectures.py::test_a_damaged_file_is_named_before_anything_runs"),
     ("a git-LFS pointer is taken for the file", "harness/weights.py",
-     'if opened.read(40).startswith(b"version https://git-lfs"):', "if False:",
+     'if opened.read(len(LFS)) == LFS:', "if False:",
      "tests/test_architectures.py::test_a_damaged_file_is_named_before_anything_runs"),
     ("the end tokens of a damaged generation_config.json are lost", "harness/weights.py",
      "for named in (config, _generation_config(path)):", "for named in (config,):",

@@ -120,10 +120,9 @@ def load_answerer(args):
     """Returns a function from message lists to texts."""
     weights.load_config(args.model)  # first: what is no model at all is named by this
     tokenizer = template.load_tokenizer(args.model, args.chat_template)
-    chat = template.ChatFormat(tokenizer)
+    chat = template.ChatFormat(tokenizer, weights.model_stop_ids(args.model))
     dtype = args.dtype or ("bfloat16" if torch.device(args.device).type == "cuda" else "float32")
     model = weights.load_model(args.model, getattr(torch, dtype), args.device)
-    chat.stop_ids |= weights.model_stop_ids(model)
     seeds = itertools.count(args.seed * 1_000_003)  # a chat's next turn goes on where the last was
     sampler, probed = None, 0
 

@@ -20,7 +20,8 @@ import torch
 import data
 import model as policies
 import sample
-from harness import architectures, judges, rows, rundir, settings as flags, template, toy, weights
+from harness import (
+    architectures, judges, outside, rows, rundir, settings as flags, template, toy, weights)
 from harness.rundir import Run, fingerprint
 from harness.scale import PROCESS, only_first, say
 
@@ -92,6 +93,7 @@ def read_inputs(s):
                              progress=PROCESS == 0,
                              oracle=toy.oracle(s.variant) if s.variant else None)
     names = [("--model", s.model), ("--data", s.data), ("--chat-template", s.chat_template)]
+    names += [("--samples-from", file) for file in outside.files(s)]
     names += [("--ranker", part) for part in s.ranker.split(":")]
     names += [("--eval-ranker", part) for part in (s.eval_ranker or "").split(":")]
     inputs = Inputs(load(s.ranker), {}, [(f, name) for f, name in names if name], chat,
@@ -113,7 +115,7 @@ def with_data(inputs, s):
     if inputs.eval_judge and held_out:
         inputs.eval_judge.dry_call(held_out)
     sampler = check_model(s, chat, records)
-    template = hashlib.sha256(chat.tokenizer.chat_template.encode()).hexdigest()[:16]
+    template = hashlib.sha256(chat.own_template.encode()).hexdigest()[:16]
     made_from = {"model": source(s.model), "data": digest(records, held_out),
                  "chat template": template, **judged_by(s, inputs)}
     if "strftime_now" in chat.tokenizer.chat_template:

@@ -10,13 +10,19 @@ Test: pytest tests/test_templates.py.
 import datetime
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from harness.files import check_file
+from harness.ends import one_line
+
+# Qwen3's name for it, SmolLM3's and GLM's. On a line of its own, whose newline Jinja takes off
+# (trim_blocks), it leaves the rendering of what follows as it is.
+NO_THINKING = "{% set enable_thinking = false %}\n"
+HALF = re.compile(r"[\ud800-\udfff]")  # half of a character, which JSON can hold and a file cannot
 
 
 class ChatFormat:
@@ -32,16 +38,19 @@ class ChatFormat:
     The role's header (<|im_start|>assistant) belongs to the prompt: as a label it would cancel in
     DPO but not in the optimism term. ValueError, one line, for a template that works otherwise.
 
-    end_id    the template's own end of turn (</s>, <|eot_id|>, <|im_end|>, ...): often NOT eos
+    end_id    the template's own end of turn (</s>, <|eot_id|>, <|im_end|>, ...): often NOT eos. A
+              template may leave it out; then it is what the model ends its own turns with
     stop_ids  what ends a sampled response: end_id, eos, and `model_stop_ids` of generation_config
     bos_id    what texts begin with, or None; data.cut_prompt keeps it
     note      None, or what was done to make the template usable; the caller prints it
+    own_template  the template before that
     today     the date that a template writes which asks for one (Llama-3.2's). One for all of a
               run: behind another date y would be no sample of the policy that is trained
     """
 
     def __init__(self, tokenizer, model_stop_ids=(), today=None):
-        self.tokenizer, self.switch, self.note = tokenizer, {}, None
+        self.tokenizer, self.note, self.own_template = tokenizer, None, tokenizer.chat_template
+        self.model_stop_ids = set(model_stop_ids) - {None}
         # Before the first use of the backend: a tokenizer.json may say that texts are cut or
         # padded, and transformers' own call is what takes that back.
         self.own_x = tokenizer("x")["input_ids"]
@@ -60,13 +69,17 @@ class ChatFormat:
         try:
             self._read_template()
         except ValueError as reason:
-            self.switch = {"enable_thinking": False}  # Qwen3's name for it, SmolLM3's and GLM's
+            # In the template itself, which is saved with each policy: whoever chats with one later
+            # gets the prompts that it was trained on.
+            tokenizer.chat_template = NO_THINKING + self.own_template
             try:
                 self._read_template()
             except ValueError:
+                tokenizer.chat_template = self.own_template
                 raise reason from None
-            self.note = f"{str(reason).partition(';')[0]}: enable_thinking=False is set for it"
-        self.stop_ids = {self.end_id, tokenizer.eos_token_id, *model_stop_ids} - {None}
+            self.note = (f"{str(reason).partition(';')[0]}: enable_thinking=False is set for it, "
+                         "and in the templates of the saved policies")
+        self.stop_ids = ({self.end_id, tokenizer.eos_token_id} | self.model_stop_ids) - {None}
 
     def prompt_ids(self, messages):
         return self.prompts_ids([messages])[0]
@@ -166,9 +179,18 @@ class ChatFormat:
     def _response(self, prompt, messages, text):
         response = self._behind(prompt, messages, text) + self.added_end
         # A quoted end token ends the response too: the policy could say nothing behind it.
-        at = response.find(self.end, len(self.lead) if response.startswith(self.lead) else 0)
+        lead = self.lead if response.startswith(self.lead) else ""
+        at = response.find(self.end, len(lead))
         if at < 0:
             raise ValueError(f"the chat template does not close this answer with {self.end}")
+        # A template is a program, and may treat long answers, or some words, in another way.
+        said = strip_thought(response[len(lead):at].removesuffix(self.tail)).strip()
+        told = strip_thought(text.partition(self.end)[0]).strip()
+        if said != told:
+            same = len(os.path.commonprefix([said, told]))
+            raise ValueError(
+                f"the chat template changes this answer; it has {said[same:same + 20]!r} where the "
+                f"answer has {told[same:same + 20]!r}. Fix it with --chat-template")
         return response[:at + len(self.end)]
 
     def _behind(self, prompt, messages, text):
@@ -184,8 +206,7 @@ class ChatFormat:
 
     def _apply(self, messages, **more):
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, **self.switch, **more)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **more)
         except Exception as error:  # a template is a program: anything may go wrong in it
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"the chat template refuses the conversation: {reason}") from None
@@ -201,14 +222,12 @@ class ChatFormat:
         if not found:
             raise ValueError("the chat template does not show the assistant's answer; fix it with "
                              "--chat-template")
-        lead_ids, after_ids, bare, ids = self._tokenise([self.lead, after, "x", prompt])
-        end_ids = [i for i in after_ids if i in self.marks]
-        if not end_ids and (after.strip() or self.tokenizer.eos_token_id is None):
-            raise ValueError("the chat template does not close the assistant's turn with a special "
-                             "token, and no response can end without; fix it with --chat-template")
-        self.end_id = end_ids[0] if end_ids else self.tokenizer.eos_token_id
+        lead_ids, bare, ids = self._tokenise([self.lead, "x", prompt])
+        self.added_end, self.end_id = "", self._first_mark(after)
+        if self.end_id is None:
+            self.added_end, self.end_id = self._end_left_out(question, answer, after)
         self.end = self.tokenizer.convert_ids_to_tokens(self.end_id)
-        self.tail, self.added_end = after.partition(self.end)[0], "" if end_ids else self.end
+        self.tail = (after + self.added_end).partition(self.end)[0]
         opening = [k for k, i in enumerate(lead_ids, 1) if i in self.marks]
         self.channel = lead_ids[:opening[-1]] if opening else []  # <|channel|>final<|message|>
         [self.lead_text] = self._decode([lead_ids])
@@ -219,6 +238,33 @@ class ChatFormat:
         self.adds_bos = self.own_x[:1] if self.own_x[:1] != bare[:1] else []
         bos = self.adds_bos or [i for i in ids[:1] if i == self.tokenizer.bos_token_id]
         self.bos_id = bos[0] if bos else None
+
+    def _first_mark(self, text):
+        return next((i for i in self._tokenise([text])[0] if i in self.marks), None)
+
+    def _end_left_out(self, question, answer, after):
+        """(text up to and with it, id) of the end token that the template leaves out: the model's
+        own. With another one the data's answers would differ from sampled ones in it, and DPO would
+        train the end token.
+
+        GLM-4's turns end where the next role begins: <|user|>, which generation_config stops at.
+        """
+        eos, token = self.tokenizer.eos_token_id, self.tokenizer.convert_ids_to_tokens
+        stops = {i for i in self.model_stop_ids if 0 <= i < len(self.tokenizer)}
+        with suppress(ValueError):  # a template for one question only
+            longer = self._apply([*question, {"role": "assistant", "content": answer}, *question])
+            behind = longer.partition(answer)[2]
+            end_id = self._first_mark(behind)
+            if end_id in stops and behind.startswith(after):
+                return behind[len(after):behind.index(token(end_id))] + token(end_id), end_id
+        if after.strip() or eos is None:
+            raise ValueError("the chat template does not close the assistant's turn with a special "
+                             "token, and no response can end without; fix it with --chat-template")
+        if stops and eos not in stops:
+            raise ValueError("the chat template does not close the assistant's turn, and the model "
+                             f"ends its own with {' or '.join(map(token, sorted(stops)))}; write "
+                             "that into the template, and pass it with --chat-template")
+        return token(eos), eos
 
 
 def strip_thought(text):
@@ -242,17 +288,14 @@ def load_tokenizer(path, chat_template=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             os.path.dirname(path) or "." if gguf else path, trust_remote_code=False, **gguf)
+        tokenizer("x")  # some faults of tokenizer_config.json show at the first use
     except Exception as error:
         raise ValueError(f"--model {path}: no tokenizer could be loaded "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+                         f"({type(error).__name__}: {one_line(error)})") from None
     if chat_template:
-        check_file("--chat-template", chat_template)
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--chat-template {chat_template}: cannot be read "
-                             f"({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
-    if isinstance(named := tokenizer.chat_template, dict):  # for tools, for retrieval, ...
+        tokenizer.chat_template = read_template(chat_template)
+    if named := isinstance(tokenizer.chat_template, dict) and tokenizer.chat_template:
+        # for tools, for retrieval, ...
         if "default" not in named:
             raise ValueError(f"--model {path}: its tokenizer has the chat templates "
                              f"{', '.join(named)}, and none is the default; save the one that is "
@@ -261,4 +304,17 @@ def load_tokenizer(path, chat_template=None):
     if not tokenizer.chat_template:
         raise ValueError(f"--model {path}: its tokenizer has no chat template; it may be a base "
                          "model. Pass one with --chat-template FILE (Jinja)")
+    if not isinstance(tokenizer.chat_template, str) or HALF.search(tokenizer.chat_template):
+        raise ValueError(f"--model {path}: the chat template of its tokenizer is no text; pass the "
+                         "right one with --chat-template FILE (Jinja)")
     return tokenizer
+
+
+def read_template(path):
+    try:
+        if Path(path).exists() and not Path(path).is_file():  # to read a pipe may take for ever
+            raise ValueError(f"--chat-template {path}: no regular file; name a file (Jinja)")
+        return Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template {path}: cannot be read "
+                         f"({getattr(error, 'strerror', None) or 'not UTF-8'})") from None

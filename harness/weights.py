@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 
 from harness import scale
 from harness.ends import one_line
+from harness.files import LFS
 from harness.scale import PROCESS, PROCESSES
 from model import Policy
 
@@ -247,7 +248,7 @@ def _check_files(folder):
         return
     for file in (*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.model")):
         with open(file, "rb") as opened:
-            if opened.read(40).startswith(b"version https://git-lfs"):
+            if opened.read(len(LFS)) == LFS:
                 raise ValueError(f"{file.name} is a git-LFS pointer, not the file itself; run "
                                  f"`git lfs pull` in {folder}")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):

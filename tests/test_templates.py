@@ -5,6 +5,8 @@ as a whole with its end. Templates are written anew after their published format
 """
 
 import functools
+import json
+import os
 import random
 import re
 import time
@@ -12,10 +14,11 @@ import time
 import pytest
 from tokenizers import (
     AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers)
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
 from conftest import END_TOKENS, TEMPLATES, make_tokenizer
+from harness.rows import check_rows
 from harness.template import ChatFormat, load_tokenizer, strip_thought
 
 CHATML_PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -76,6 +79,10 @@ SHAPES = {name: (template, end, str.strip if name == "llama3" else str) for name
     "newline_before_end": (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
         "'\n<|im_end|>\n' }}{% endfor %}" + CHATML_PROMPT, "<|im_end|>", str),
+    "empty_thought_before_last_answer": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == "
+        "'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + "
+        "'<|im_end|>\n' }}{% endfor %}" + CHATML_PROMPT, "<|im_end|>", str),
     "newline_behind_header": (
         CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant'"), "<|im_end|>", str),
     "words_before_end": (
@@ -211,6 +218,34 @@ def test_a_thought_that_the_prompt_opens_is_closed_with_the_templates_switch_and
     assert chat.render([USER], "hello")[0].endswith("<|assistant|>\n<think></think>\n")
     assert "opens a thought" in chat.note and "enable_thinking=False" in chat.note
     assert ChatFormat(make(CHATML)).note is None
+
+
+@pytest.mark.parametrize("template", [
+    SHAPES["glm_with_a_switch"][0], "\n  " + SHAPES["glm_with_a_switch"][0],
+    SHAPES["qwen3"][0].replace("assistant\n'", "assistant\n' + ('' if enable_thinking is defined "
+                               "and not enable_thinking else '<think>\n')"),
+    "{%- if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
+    "{% macro opened() %}{{ '<think>' if enable_thinking else '' }}{% endmacro %}" + CHATML.replace(
+        "'<|im_start|>assistant\n'", "'<|im_start|>assistant\n' + opened()")])
+def test_a_saved_policy_has_the_switch_in_its_template(template, tmp_path):
+    """Thinking switched off in training only: whoever chats with the saved policy meets a prompt
+    that it was never trained on. The oracle is transformers' own argument."""
+    tokenizer = make(template)
+    asked = [tokenizer.apply_chat_template(messages, enable_thinking=False, tokenize=False,
+                                           add_generation_prompt=True)
+             for messages in CONVERSATIONS.values()]
+    chat = ChatFormat(tokenizer)
+    assert [chat.render(messages, "hello")[0] for messages in CONVERSATIONS.values()] == asked
+    chat.tokenizer.save_pretrained(tmp_path)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    assert [plain.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            for messages in CONVERSATIONS.values()] == asked
+    again = ChatFormat(load_tokenizer(tmp_path))  # a run that starts from it, and sample.py
+    assert again.note is None and [again.prompt_ids(messages) for messages in
+                                   CONVERSATIONS.values()] == [
+        chat.prompt_ids(messages) for messages in CONVERSATIONS.values()]
+    assert again.tokenizer.chat_template == chat.tokenizer.chat_template != chat.own_template
+    assert chat.own_template == template and "saved policies" in chat.note
 
 
 def test_many_conversations_in_one_call_give_the_ids_of_single_calls():
@@ -359,6 +394,74 @@ def test_a_template_that_never_closes_the_turn_falls_back_to_eos():
     chat = ChatFormat(make("{% for m in messages %}{{ m['content'] + '\n\n' }}{% endfor %}"))
     assert chat.end_id == chat.tokenizer.eos_token_id
     assert chat.tokenizer.decode(chat.response_ids([USER], "hello")) == "hello\n\n</s>"
+
+
+NEXT_ROLE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}"
+             "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+OPEN_AT_THE_END = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+                   "{% if not loop.last %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+                   "{% if add_generation_prompt %}{{ '<|im_end|>\n<|im_start|>assistant\n' }}"
+                   "{% endif %}")
+
+
+@pytest.mark.parametrize("template, stops, end", [
+    (NEXT_ROLE, ["</s>", "<|user|>", "<s>"], "<|user|>"), (NEXT_ROLE, ["<|user|>"], "<|user|>"),
+    (NEXT_ROLE.replace("{{ '<|'", "{{ '' if loop.first else '\n' }}{{ '<|'").replace(
+        "{{ '<|assistant|>", "{{ '\n<|assistant|>"), ["</s>", "<|user|>"], "\n<|user|>"),
+    (OPEN_AT_THE_END, ["</s>", "<|im_end|>"], "<|im_end|>"),
+    (NEXT_ROLE, ["</s>", "<s>"], "</s>"), (NEXT_ROLE, [], "</s>"), (NEXT_ROLE, [-1], "</s>"),
+    ("{{ raise_exception('one question') if messages | length > 2 }}" + NEXT_ROLE,
+     ["</s>", "<|user|>"], "</s>")])
+def test_where_the_template_leaves_the_end_out_an_answer_ends_as_the_models_own_do(
+        template, stops, end):
+    """GLM-4: the data's answers end with eos and sampled ones with <|user|>, so that equal answers
+    are two candidates, and DPO trains the end token."""
+    tokenizer = make(template)
+    ids = [i if i == -1 else tokenizer.convert_tokens_to_ids(i) for i in stops]
+    chat = ChatFormat(tokenizer, ids)
+    sampled = tokenizer("hello there" + end, add_special_tokens=False)["input_ids"]
+    assert chat.response_ids([USER], "hello there") == sampled
+    assert sampled[-1] == chat.end_id and chat.text(sampled) == "hello there"
+    record = {"prompt_id": "1", "prompt": [USER]}
+    [row] = data.make_rows([(record, chat.prompt_ids([USER]), [
+        ("data_chosen", chat.response_ids([USER], "hello there")), ("sampled", sampled)])], chat)
+    assert [(c["sources"], c["finished"]) for c in row["candidates"]] == [
+        (["data_chosen", "sampled"], True)]
+
+
+def test_a_model_that_ends_its_turns_as_the_template_never_shows_is_refused():
+    """The data's answers end with eos, which this model never says."""
+    tokenizer = make(NEXT_ROLE, specials=["<|eom|>"])
+    with pytest.raises(ValueError, match="ends its own with <s> or <.eom.>; write that into"):
+        ChatFormat(tokenizer, tokenizer.convert_tokens_to_ids(["<s>", "<|eom|>"]))
+
+
+LONG_ONES = CHATML.replace("m['content']", "({} if m['role'] == 'assistant' and m['content'] | "
+                           "length > 17 else m['content'])")
+WIDE = "hello there, how are you?"
+
+
+@pytest.mark.parametrize("changed, fine", [
+    ("'TOO LONG'", False), ("m['content'][:17]", False), ("m['content'] | upper", False),
+    ("m['content'] + ' (long)'", False), ("m['content'] | replace('  ', ' ')", False),
+    ("''", False), ("m['content'] | trim", True), ("' ' + m['content'] + '\n'", True),
+    ("'<think>\n\n</think>\n\n' + m['content']", True)])
+@pytest.mark.parametrize("name", ["data_chosen", "data_rejected"])
+def test_a_template_that_changes_some_answers_is_refused_by_the_row(changed, fine, name, capsys):
+    """'TOO LONG' is judged and trained on instead of the answer; a template is tried on one short
+    answer only. Spaces around an answer are the template's own business."""
+    chat = ChatFormat(make(LONG_ONES.replace("{}", changed)))
+    records = [{"prompt": [USER], "data_chosen": "hi", "data_rejected": "moon", "where": "line 1"}]
+    records.append(records[0] | {name: WIDE.replace("there,", "there,  "), "where": "line 2"})
+    if fine:
+        assert check_rows(records, chat) == records
+        return
+    with pytest.raises(ValueError, match="line 2: the chat template changes this answer; .* where "
+                                         ".*--chat-template, or drop such rows") as refusal:
+        check_rows(records, chat)
+    assert "\n" not in str(refusal.value)
+    assert check_rows(records, chat, skip_bad_rows=True) == records[:1]
+    assert "1 rows dropped" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------
@@ -531,3 +634,27 @@ def test_a_model_without_a_chat_template_is_told_what_to_pass(tmp_path):
     (tmp_path / "t.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
     with pytest.raises(ValueError, match="not UTF-8"):
         load_tokenizer(tmp_path, tmp_path / "t.jinja")
+
+
+@pytest.mark.parametrize("broken", [
+    {"chat_template": 5}, {"chat_template": True}, {"chat_template": []}, {"chat_template": ["x"]},
+    {"chat_template": {"default": 5}}, {"chat_template": [{"name": "default", "template": 7}]},
+    {"chat_template": "{{ '\ud800' }}"}, {"model_max_length": "x"}, {"eos_token": 5}], ids=str)
+def test_a_tokenizer_config_of_the_wrong_shape_is_one_line(broken, tmp_path):
+    """A traceback of Python's where a number takes the place of the chat template."""
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | broken))
+    with pytest.raises(ValueError, match="--model .*(chat.template|could be loaded)") as refusal:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_chat_template_that_is_no_regular_file_is_refused_at_once(tmp_path):
+    """A pipe to which nobody writes: the command hangs without a word."""
+    make_tokenizer().save_pretrained(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match=f"--chat-template {path}: no regular file"):
+            load_tokenizer(tmp_path, path)
