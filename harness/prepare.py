@@ -87,10 +87,10 @@ def read_inputs(s):
                              progress=PROCESS == 0,
                              oracle=toy.oracle(s.variant) if s.variant else None)
     names = [("--model", s.model), ("--data", s.data), ("--chat-template", s.chat_template)]
-    names += [("--ranker", part) for part in s.ranker.split(":")]
-    names += [("--eval-ranker", part) for part in (s.eval_ranker or "").split(":")]
+    names += [("--ranker", judges.parse_spec(s.ranker).path),
+              ("--eval-ranker", judges.parse_spec(s.eval_ranker or "").path)]
     inputs = Inputs(load(s.ranker), {}, [(f, name) for f, name in names if name], chat,
-                    eval_judge=load(s.eval_ranker) if s.eval_ranker else None)
+                    eval_judge=load(s.eval_ranker, flag="--eval-ranker") if s.eval_ranker else None)
     inputs = replace(inputs, made_from=judged_by(s, inputs))
     return inputs if s.variant else with_data(inputs, s)
 
@@ -212,13 +212,13 @@ def judged_by(s, inputs):
 def judge_source(spec, judge):
     """The same of a judge: file.py:function and what it has imported from beside it, pairrm[:ID],
     reward:ID, or a name."""
-    kind, _, rest = spec.partition(":")
-    if kind.endswith(".py"):
+    kind, path, function = judges.parse_spec(spec)
+    if kind == "file":
         imported = {name: fingerprint(module.__file__)[""] for name, module in
-                    sorted(judge.score.modules.items()) if name != Path(kind).stem
+                    sorted(judge.score.modules.items()) if name != Path(path).stem
                     and getattr(module, "__file__", None)}
-        return fingerprint(kind) | {"function": rest} | imported
-    return {kind: fingerprint(rest) if rest and Path(rest).exists() else rest}
+        return fingerprint(path) | {"function": function} | imported
+    return {kind: fingerprint(path) if path and Path(path).exists() else path}
 
 
 # ----------------------------------------------------------------------------------------------
