@@ -132,7 +132,8 @@ def attribute(owner, name):
 
 
 def handler(number):
-    return lambda: signal.getsignal(number), lambda value: value and signal.signal(number, value)
+    return lambda: signal.getsignal(number), lambda value: (
+        value is not None and signal.signal(number, value))  # None: set from C
 
 
 def autocast(device):
@@ -174,11 +175,15 @@ def set_default_device(device):
         torch.set_default_device(device)
 
 
-def matmul_precision():
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set for one backend alone: the fp32_precision of each says it
-        return None
+def old_flag(read, write):
+    """One of torch's older flags, which cannot be read (None here) while newer ones contradict it:
+    the fp32_precision of each backend, in STATE as well."""
+    def read_if_possible():
+        try:
+            return read()
+        except RuntimeError:
+            return None
+    return read_if_possible, lambda value: value is not None and write(value)
 
 
 def set_environment(wanted):
@@ -224,8 +229,9 @@ STATE = {
     "autocast on the CPU": autocast("cpu"),
     "autocast on a GPU": autocast("cuda"),
     "autocast's cache": (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
-    "matmul precision": (matmul_precision, lambda value: (
-        value and torch.set_float32_matmul_precision(value))),
+    "matmul precision": old_flag(torch.get_float32_matmul_precision,
+                                 torch.set_float32_matmul_precision),
+    "cudnn's TF32": old_flag(*attribute(backends.cudnn, "allow_tf32")),
 } | {  # the general ones first, for a backend's own can be no more than a copy of them
     f"fp32 precision, {number}": attribute(owner, "fp32_precision") for number, owner in enumerate((
         backends, backends.cudnn, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn,

@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import pickle
+import random
 import subprocess
 import sys
 from fractions import Fraction
@@ -17,7 +19,7 @@ import torch
 from conftest import ARCHITECTURES, ROOT, TEMPLATES, make_tokenizer
 
 import data as our_data
-from harness import ends, judges, prepare
+from harness import ends, evaluate, judges, prepare
 from harness.judges import load_judge, with_length_penalty
 from harness.rundir import printable
 
@@ -71,17 +73,31 @@ def test_a_users_function_is_called_with_messages_and_distinct_texts(make_judge)
     assert load_judge(spec)(MESSAGES[:1], [["b", "a", "b"]]) == [[0.0, 1.0, 0.0]]
 
 
-def test_a_judge_may_do_with_its_arguments_what_it_likes(make_judge):
-    """Catches a judge that sorts its list, or adds to a prompt, in the caller's own data: scores of
-    other candidates, prompts that nobody wrote."""
-    spec = make_judge("    scores = [[len(text) for text in texts] for texts in candidates]\n"
-                      "    for prompt, texts in zip(prompts, candidates):\n"
-                      "        texts.sort()\n        texts.append('mine')\n"
-                      "        prompt[0]['content'] += ' Be brief.'\n        prompt.append({})\n"
-                      "    prompts.clear()\n    return scores\n")
+def test_a_judge_that_adds_to_its_copies_changes_nothing(make_judge):
+    """Catches a judge that notes something in a message, in the caller's own data."""
+    spec = make_judge("    for prompt in prompts:\n        prompt[0]['tokens'] = 3\n" + BY_LENGTH)
     prompts, candidates = json.loads(json.dumps([MESSAGES, CANDIDATES]))
     assert load_judge(spec)(prompts, candidates) == LENGTHS
     assert [prompts, candidates] == [MESSAGES, CANDIDATES]
+
+
+@pytest.mark.parametrize("change", [
+    "[texts.reverse() for texts in candidates]", "[texts.sort() for texts in candidates]",
+    "candidates.reverse()", "prompts.reverse()", "candidates[-1].append('mine')",
+    "candidates[-1][0] = candidates[-1][0].strip()[1:]", "candidates[-1].pop()", "prompts.clear()",
+    "prompts[0].append({})", "prompts[0][0]['content'] += ' Be brief.'", "prompts[0].reverse()",
+    "prompts[0][0].pop('role')", "prompts[0] = 'user: hello'", "prompts[0][0] = None"])
+@pytest.mark.parametrize("end", ["return", "yield from"])
+def test_a_judge_that_changes_the_lists_it_was_given_is_refused(make_judge, change, end, tmp_path):
+    """Catches scores in the order of a list that the judge has sorted in place, which went to the
+    wrong candidates without a word; and the caller's own data changed."""
+    spec = make_judge(f"    {change}\n" + BY_LENGTH.replace("return", end))
+    prompts = [[*prompt, {"role": "assistant", "content": ""}, *user("And?")] for prompt in MESSAGES]
+    given, kept = json.loads(json.dumps([prompts, CANDIDATES])), tmp_path / "scores"
+    with pytest.raises(ValueError, match="prompt_id a to c: the judge changed the lists") as error:
+        load_judge(spec)(*given, "abc", kept)
+    assert spec in str(error.value) and given == [prompts, CANDIDATES]
+    assert not any(judges.Kept(kept).scores.values())
 
 
 @pytest.mark.parametrize("fault, words", [
@@ -155,6 +171,30 @@ def test_numbers_of_every_kind_are_scores(value):
     assert scores == [[1.0, 0.5]] and all(type(score) is float for score in scores[0])
 
 
+@pytest.mark.parametrize("hook", ["__float__", "tolist", "__len__", "__iter__", "__repr__"])
+@pytest.mark.parametrize("place", ["[[Odd() for _ in texts] for texts in candidates]",
+                                   "[Odd() for _ in candidates]", "Odd()"])
+@pytest.mark.parametrize("fault", ["SystemExit(0)", "BaseException('no')"])
+def test_a_result_that_exits_when_it_is_looked_at_is_an_error(make_judge, hook, place, fault):
+    """Catches sys.exit(0) in a method of what a judge returns, which ended the run as a success."""
+    spec = make_judge(f"    return {place}\n", f"class Odd(list):\n    def {hook}(self, *_):\n"
+                                               f"        raise {fault}\n")
+    with pytest.raises(ValueError, match="prompt_id a") as error:
+        load_judge(spec)(MESSAGES, CANDIDATES, "abc")
+    assert spec in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("value", [1e101, 1e160, -1e300, 10 ** 200])
+def test_a_score_too_large_to_be_averaged_is_refused_and_smaller_ones_are_not(value, tmp_path):
+    """Catches the OverflowError of a variance, hours later: 1e160 ** 2 is no float."""
+    judge = load_judge("oracle", oracle=lambda p, c: [[0.0, value], [0.0, 1e100]])
+    with pytest.raises(ValueError, match="judge oracle, prompt_id first: .* too large"):
+        judge(MESSAGES[:2], [["a", "b"], ["c", "d"]], ["first", "second"], tmp_path / "scores")
+    [row] = lines(tmp_path / "scores")
+    assert row["scores"] == [0.0, 1e100]
+    assert all(map(math.isfinite, evaluate.mean_interval([-1e100, 1e100, 1e100])))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_score_that_is_not_finite_stops_with_the_prompts_id(bad, tmp_path):
     """Catches a NaN that sorts anywhere and trains on noise; good scores lost with a bad one."""
@@ -179,7 +219,7 @@ def test_a_judge_that_cannot_be_used_says_why_in_one_line(tmp_path, monkeypatch,
         "flat = lambda p, c: [1.0, 2.0]\nnumber = 3\n"
         "short = lambda p, c: [[1.0], [1.0]]\nfewer = lambda p, c: [[1.0, 2.0]]\n"
         "words = lambda p, c: [['good'] * len(t) for t in c]\n"
-        "def later(p, c):\n    yield from [[1.0, 2.0], [1.0, 2.0]]\n")
+        "def later(p, c):\n    yield from [1.0, 2.0]\n")
     with pytest.raises(ValueError, match=message) as error:
         load_judge(spec)(MESSAGES[:2], [["a", "b"], ["c", "d"]])
     assert "\n" not in str(error.value)
@@ -220,16 +260,88 @@ def test_dataclasses_and_pickle_work_in_a_judge(make_judge):
     assert load_judge(spec)(MESSAGES[:1], CANDIDATES[:1]) == LENGTHS[:1]
 
 
-def test_a_judge_leaves_the_process_as_it_was(make_judge, tmp_path):
+# What a judge does, and what the run would see of it.
+CHANGES = [
+    ("os.chdir('/')", "os.getcwd()"), ("sys.path.clear()", "len(sys.path)"),
+    ("sys.stdout = io.StringIO()", "id(sys.stdout)"), ("sys.stderr = None", "id(sys.stderr)"),
+    ("contextlib.redirect_stdout(io.StringIO()).__enter__()", "id(sys.stdout)"),
+    ("os.environ['SELM_TEST'] = '1'", "os.environ.get('SELM_TEST')"),
+    ("os.environ.pop('PATH', None)", "os.environ.get('PATH')"),
+    ("warnings.simplefilter('error')", "warnings.filters[:]"),
+    ("signal.signal(signal.SIGINT, signal.SIG_IGN)", "signal.getsignal(signal.SIGINT)"),
+    ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", "signal.getsignal(signal.SIGTERM)"),
+    ("random.seed(0)", "random.getstate()"), ("random.random()", "random.getstate()"),
+    ("numpy.random.seed(0)", "numpy.random.get_state()[1].tolist()"),
+    ("numpy.seterr(all='raise')", "numpy.geterr()"),
+    ("torch.manual_seed(0)", "torch.get_rng_state().tolist()"),
+    ("torch.rand(1)", "torch.get_rng_state().tolist()"),
+    ("torch.set_grad_enabled(False)", "torch.is_grad_enabled()"),
+    ("torch.no_grad().__enter__()", "torch.is_grad_enabled()"),
+    ("keep.append(torch.inference_mode()); keep[-1].__enter__()",
+     "torch.is_inference_mode_enabled()"),
+    ("torch.set_default_dtype(torch.float64)", "torch.zeros(1).dtype"),
+    ("torch.set_default_device('meta')", "torch.zeros(1).device"),
+    ("torch.device('meta').__enter__()", "torch.zeros(1).device"),
+    ("torch.set_default_device('meta'); torch.device('meta').__enter__()", "torch.zeros(1).device"),
+    ("torch.set_num_threads(torch.get_num_threads() + 1)", "torch.get_num_threads()"),
+    ("torch.autograd.set_detect_anomaly(True)", "torch.is_anomaly_enabled()"),
+    ("torch.use_deterministic_algorithms(True)", "torch.are_deterministic_algorithms_enabled()"),
+    ("torch.use_deterministic_algorithms(True, warn_only=True)",
+     "torch.is_deterministic_algorithms_warn_only_enabled()"),
+    ("torch.autocast('cpu', torch.bfloat16).__enter__()", "(ones @ ones).dtype"),
+    ("torch.autocast('cpu', torch.float16).__enter__()", "torch.get_autocast_dtype('cpu')"),
+    ("torch.autocast('cpu', torch.float16).__enter__()", "torch.autocast_increment_nesting() - "
+     "torch.autocast_decrement_nesting(), torch.autocast_decrement_nesting(), "
+     "torch.autocast_increment_nesting()"),
+    ("torch.set_autocast_enabled('cuda', True)", "torch.is_autocast_enabled('cuda')"),
+    ("torch.set_float32_matmul_precision('medium')", "torch.get_float32_matmul_precision()"),
+    ("torch.backends.fp32_precision = 'tf32'", "torch.backends.cuda.matmul.fp32_precision"),
+    ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+     "torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision"),
+    ("torch.backends.cuda.matmul.allow_tf32 = True", "torch.backends.cuda.matmul.allow_tf32"),
+    ("torch.backends.cudnn.allow_tf32 = False", "torch.backends.cudnn.allow_tf32"),
+    ("torch.backends.cudnn.deterministic = True", "torch.backends.cudnn.deterministic"),
+    ("torch.backends.cudnn.benchmark = True", "torch.backends.cudnn.benchmark"),
+    ("torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False",
+     "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction"),
+    ("torch.backends.cuda.enable_flash_sdp(False)", "torch.backends.cuda.flash_sdp_enabled()")]
+IMPORTS = "import contextlib, io, numpy, os, random, signal, sys, torch, warnings\nkeep = []\n"
+
+
+@pytest.mark.parametrize("change, look", CHANGES)
+@pytest.mark.parametrize("end", ["return", "yield from"])
+def test_a_judge_leaves_the_process_as_it_was(make_judge, change, look, end):
     """Catches relative paths of the run that move with a judge's chdir, training without gradients,
-    and numbers in the judge's dtype."""
-    reckless = ("os.chdir({!r}); torch.set_grad_enabled(False); "
-                "torch.set_default_dtype(torch.float64); sys.path.clear()").format(str(tmp_path))
-    judge, here, path = make_judge(f"    {reckless}\n{BY_LENGTH}",
-                                   f"import os, sys, torch\n{reckless}"), os.getcwd(), sys.path[:]
-    assert load_judge(judge)(MESSAGES, CANDIDATES) == LENGTHS
-    assert (os.getcwd(), sys.path) == (here, path)
-    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    log-probs in the judge's dtype, autocast or matmul precision, seeds that a judge resets."""
+    names = {"ones": torch.ones(2, 2)}
+    exec(IMPORTS, names)
+    before = eval(look, names)
+    judge = load_judge(make_judge(f"    {change}\n{BY_LENGTH.replace('return', end)}",
+                                  IMPORTS + change))
+    assert eval(look, names) == before, "importing it"
+    for _ in range(2):
+        assert judge(MESSAGES, CANDIDATES) == LENGTHS
+        assert eval(look, names) == before, "calling it"
+    with pytest.raises(ValueError, match="No"):
+        load_judge(make_judge("    raise ValueError('No')\n", IMPORTS + change))(
+            MESSAGES, CANDIDATES)
+    assert eval(look, names) == before, "an error of its own"
+
+
+def test_what_a_judge_sets_when_it_is_imported_holds_when_it_is_called(make_judge):
+    """Catches a key of a .env file that is gone, a seed that is not the judge's own, and tensors on
+    another device than its model: what the run must not see is the judge's all the same."""
+    spec = make_judge(
+        "    assert os.environ['SELM_TEST'] == 'key' and torch.zeros(1).device.type == 'meta'\n"
+        "    assert 'neighbours' in sys.path and os.getcwd() == '/'\n"
+        "    return [[random.random() for _ in texts] for texts in candidates]\n",
+        IMPORTS + "os.environ['SELM_TEST'] = 'key'; torch.set_default_device('meta')\n"
+        "sys.path.append('neighbours'); os.chdir('/'); random.seed(5)")
+    judge, drawn = load_judge(spec), random.Random(5)
+    for _ in range(2):
+        random.seed(7)  # of the run
+        assert judge(MESSAGES[:1], [["a", "b"]]) == [[drawn.random(), drawn.random()]]
+    assert random.random() == random.Random(7).random()
 
 
 def test_a_judge_that_was_edited_within_the_second_is_read_anew(make_judge):
