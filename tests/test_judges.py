@@ -1,6 +1,7 @@
 """Tests of harness/judges.py: whoever scores, and the command line `python rank.py`."""
 
 import dataclasses
+import http.server
 import itertools
 import json
 import math
@@ -10,6 +11,8 @@ import pickle
 import random
 import subprocess
 import sys
+import threading
+from collections import Counter
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -438,6 +441,162 @@ def test_scores_are_on_disk_before_the_next_call(make_judge, tmp_path, monkeypat
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
     assert done.returncode == 7 and [row["prompt_id"] for row in lines(kept)] == [
         str(b) for b in range(64)]
+
+
+# --- Judges that cost money -------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    """Speaks as much of OpenAI's protocol as a judge needs: scores are lengths. -> asked, the
+    prompts in the order of their answers; fails(prompt), an HTTP status or None, may be replaced;
+    url."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            question = json.loads(body["messages"][0]["content"].split("\n", 1)[1])
+            prompt = question["conversation"][0]["content"]
+            status = self.server.fails(prompt)
+            if status is None:
+                self.server.asked.append(prompt)
+            reply = json.dumps([len(text) for text in question["answers"]])
+            reply = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m",
+                                "choices": [{"index": 0, "finish_reason": "stop", "message": {
+                                    "role": "assistant", "content": reply}}]}).encode()
+            self.send_response(status or 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(reply)))
+            self.send_header("retry-after-ms", "1")
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked, server.fails = [], lambda prompt: None
+        server.url = f"http://127.0.0.1:{server.server_port}/v1"
+        thread = threading.Thread(target=server.serve_forever, args=[0.01], daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+BY_URLLIB = r'''
+import json, urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+def ask(prompt, texts):
+    try:
+        task = "Rate:\n" + json.dumps({"conversation": prompt, "answers": texts})
+        body = json.dumps({"messages": [{"role": "user", "content": task}]}).encode()
+        open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        with open_url(urllib.request.Request(URL, body), timeout=10) as reply:
+            return json.loads(json.load(reply)["choices"][0]["message"]["content"])
+    except OSError as error:
+        return error
+
+def judge(prompts, candidates):
+    with ThreadPoolExecutor(4) as pool:
+        yield from pool.map(ask, prompts, candidates)
+
+def one_by_one(prompts, candidates):  # raises what it meets
+    for prompt, texts in zip(prompts, candidates):
+        scores = ask(prompt, texts)
+        if isinstance(scores, OSError):
+            raise scores
+        yield scores
+
+judge.prompts_a_call = 36
+'''
+MANY = [[user(f"Question {i}?") for i in range(40)], [["a" * i, "b" * 3] for i in range(5, 45)],
+        [f"p{i}" for i in range(40)]]
+
+
+@pytest.mark.parametrize("function, faults", [
+    ("judge", [(7, 429), (7, 500)]), ("one_by_one", [(0, 429), (35, 500), (39, 503)])])
+def test_an_answer_that_was_paid_for_is_never_asked_for_again(server, tmp_path, function, faults):
+    """Catches 36 answers of a call that are lost, and paid for again, because of one 429 among
+    them; also where it is the last of a call, and where the server fails again and again."""
+    path, kept = tmp_path / "judge.py", tmp_path / "scores.jsonl"
+    path.write_text(BY_URLLIB.replace("URL", repr(f"{server.url}/chat/completions"), 1))
+    assert "Request('http" in path.read_text()
+    judge = load_judge(f"{path}:{function}")
+    for broken, status in faults:
+        server.fails = lambda prompt: status if prompt == f"Question {broken}?" else None
+        with pytest.raises(ValueError, match=f"prompt_id p{broken}: .*HTTP Error {status}"):
+            judge(*MANY, kept)
+        assert len(set(server.asked)) == len(server.asked) >= broken
+    server.fails = lambda prompt: None
+    assert judge(*MANY, kept) == [[float(i), 3.0] for i in range(5, 45)]
+    assert sorted(server.asked) == sorted(prompt[0]["content"] for prompt in MANY[0])
+
+
+def test_the_example_of_a_judge_over_http_survives_a_server_that_fails(
+        server, tmp_path, monkeypatch):
+    """Catches an example that does not run: examples/judge_http.py by the real client, whose
+    retries take the faults that pass, and whose last word on one prompt loses no other."""
+    pytest.importorskip("openai", reason="pip install openai to try examples/judge_http.py")
+    for name, value in (("OPENAI_API_KEY", "none"), ("OPENAI_BASE_URL", server.url),
+                        ("JUDGE_MODEL", "m"), ("NO_PROXY", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    met = Counter()
+
+    def fails(prompt):
+        met[prompt] += 1
+        if prompt == "Question 7?":
+            return 400
+        return {0: 429, 1: 500}.get(met[prompt] - 1) if prompt.endswith("3?") else None
+    server.fails = fails
+    judge, kept = load_judge(f"{ROOT}/examples/judge_http.py:judge"), tmp_path / "scores.jsonl"
+    with pytest.raises(ValueError, match="prompt_id p7: .*BadRequest"):
+        judge(*MANY, kept)
+    assert met["Question 3?"] == 3 and met["Question 7?"] == 1 and len(server.asked) == 39
+    server.fails = lambda prompt: None
+    assert judge(*MANY, kept) == [[float(i), 3.0] for i in range(5, 45)]
+    assert len(set(server.asked)) == len(server.asked) == 40
+
+
+@pytest.mark.parametrize("body, words", [
+    ("    yield from [[1, 2, 3]] * (len(prompts) - 1)\n", "2 lists for 3 prompts"),
+    ("    while True: yield [1, 2, 3]\n", "4 lists for 3 prompts"),
+    ("    return map(lambda texts: [1, 2, 3], candidates[1:])\n", "2 lists for 3 prompts")])
+def test_of_a_generator_that_leaves_out_a_prompt_nothing_is_kept(make_judge, body, words, tmp_path):
+    """Catches scores that were kept as they came for the prompt before theirs, and that the mended
+    judge is not asked for."""
+    kept = tmp_path / "scores"
+    with pytest.raises(ValueError, match=f"prompt_id a to c: .*{words}"):
+        load_judge(make_judge(body))(MESSAGES, CANDIDATES, "abc", kept)
+    assert load_judge(make_judge())(MESSAGES, CANDIDATES, "abc", kept) == LENGTHS
+
+
+def test_a_generators_scores_are_on_disk_before_its_next_step(make_judge, tmp_path):
+    """Catches paid answers that are lost when the process is killed in the middle of a call."""
+    kept = tmp_path / "scores"
+    spec = make_judge("    for number, texts in enumerate(candidates):\n"
+                      f"        path = pathlib.Path({str(kept)!r})\n"
+                      "        lines = path.read_text().split() if path.exists() else []\n"
+                      "        assert sum('question' in line for line in lines) == number\n"
+                      "        yield [len(text) for text in texts]\n", "import pathlib")
+    assert load_judge(spec)(MESSAGES, CANDIDATES, "abc", kept) == LENGTHS
+
+
+def test_a_function_says_how_many_prompts_a_call_it_takes(make_judge, tmp_path):
+    """Catches a limit that only the source code could set, and one that is no number of prompts."""
+    text = "calls = []\n"
+    spec = make_judge("    calls.append(len(prompts))\n" + BY_LENGTH, text)
+    path = tmp_path / "judge.py"
+    source = path.read_text()
+    for limit, calls in ((1, [1, 1, 1]), (2, [2, 1]), (500, [3])):
+        path.write_text(f"{source}judge.prompts_a_call = {limit}\n")
+        judge = load_judge(spec)
+        assert judge(MESSAGES, CANDIDATES) == LENGTHS
+        assert judge.score.function.__globals__["calls"] == calls
+    for limit in ("0", "-1", "True", "2.0", "'8'", "None"):
+        path.write_text(f"{source}judge.prompts_a_call = {limit}\n")
+        with pytest.raises(ValueError, match="prompts_a_call is .* at least 1"):
+            load_judge(spec)
 
 
 # --- The call before the run ------------------------------------------------------------------
