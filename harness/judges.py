@@ -562,7 +562,8 @@ class RewardModel:
         for batch in length_batches([len(row) for row in rows], budget):
             ids, mask = pad_rows([rows[i] for i in batch], self.pad_id or 0)  # (R, T)
             ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-            for i, value in zip(batch, self.model(ids, mask).logits[:, 0].tolist()):  # (R, 1)
+            logits = self.model(ids, attention_mask=mask).logits  # (R, 1); by name: GPT-2's second
+            for i, value in zip(batch, logits[:, 0].tolist()):  # argument is another
                 values[i] = value
         values = iter(values)
         return [[next(values) for _ in texts] for texts in candidates]

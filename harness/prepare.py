@@ -102,7 +102,9 @@ def with_data(inputs, s):
     records = rows.check_rows(records, chat, inputs.judge.check, s.skip_bad_rows)
     held_out = rows.check_rows(held_out, chat, (inputs.eval_judge or inputs.judge).check,
                                s.skip_bad_rows)
-    rows.split_portions(records, s.iterations, s.prompts_per_iteration, s.seed)  # if it can be done
+    portions = rows.split_portions(records, s.iterations, s.prompts_per_iteration, s.seed)
+    if s.pairs == "data":  # else the data's answers are in no pair
+        check_answers(portions, s)
     judge = judges.with_length_penalty(inputs.judge, s.length_penalty, chat.tokenizer)
     judge.dry_call(records)
     if inputs.eval_judge and held_out:
@@ -115,6 +117,17 @@ def with_data(inputs, s):
         made_from[DATE] = chat.today.isoformat()
     return replace(inputs, judge=judge, made_from=made_from, sampler=sampler, records=records,
                    held_out=held_out)
+
+
+def check_answers(portions, s):
+    """ValueError where no row of an iteration has two answers that say something: such rows are
+    dropped when pairs are made, and the iteration would have nothing to train on."""
+    for k, portion in enumerate(portions, s.first):
+        if all(any(not template.strip_thought(row[name]).strip()
+                   for name in ("data_chosen", "data_rejected")) for row in portion):
+            raise ValueError(f"--data {s.data}: in iteration {k} every row has an empty answer "
+                             f"({portion[0]['where']} is one), and such rows are dropped; give "
+                             "rows whose chosen and rejected both say something")
 
 
 def read_model(s):

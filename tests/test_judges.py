@@ -208,6 +208,17 @@ def test_a_score_that_is_not_finite_stops_with_the_prompts_id(bad, tmp_path):
     assert [row["prompt_id"] for row in lines(tmp_path / "scores")] == ["first", "third"]
 
 
+@pytest.mark.parametrize("spec, parts", [
+    ("pairrm", ("pairrm", "", "")), ("pairrm:a/b", ("pairrm", "a/b", "")),
+    ("reward:/a:b/c", ("reward", "/a:b/c", "")), ("human", ("human", "", "")), ("", ("", "", "")),
+    ("judge.py:f", ("file", "judge.py", "f")), ("a:b/judge.py:f", ("file", "a:b/judge.py", "f")),
+    ("C:\\jobs\\judge.py:f", ("file", "C:\\jobs\\judge.py", "f")),
+    ("x.py:g/judge.py:f", ("file", "x.py:g/judge.py", "f"))])
+def test_a_ranker_is_taken_apart_at_the_right_colon(spec, parts):
+    """Catches a path that ends at its own colon."""
+    assert judges.parse_spec(spec) == parts
+
+
 @pytest.mark.parametrize("spec, message", [
     ("nonsense", "pairrm"), ("", "pairrm"), ("reward:", "reward:ID"), ("missing.py:f", "no file"),
     ("judge.py:absent", "no function absent"), ("broken.py:f", "importing broken.py failed"),
@@ -773,6 +784,79 @@ def test_what_is_not_a_reward_model_is_refused_in_one_line(tmp_path):
     refused(folder, "no .safetensors file")
 
 
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_reward_model_that_is_not_whole_is_refused_with_a_remedy(tmp_path):
+    """Catches weights that are left out in silence (a gating head beside the score, layers that the
+    config does not count), an adapter that is taken for a model, git-LFS pointers, and advice that
+    does not help."""
+    from safetensors.torch import load_file, save_file
+    folder = tmp_path / "model"
+    save_reward_model(folder)
+    weights, config = load_file(folder / "model.safetensors"), (folder / "config.json").read_text()
+
+    def refused(*words):
+        with pytest.raises(ValueError) as error:
+            load_judge(f"reward:{folder}")
+        assert all(word in str(error.value) for word in words) and str(error.value).isprintable()
+    change_json(folder / "config.json", num_hidden_layers=1)
+    refused("no place", "layers.1.", "FILE.py:FUNCTION")
+    (folder / "config.json").write_text(config)
+    save_file(weights | {"gating.0.weight": torch.ones(3)}, folder / "model.safetensors")
+    refused("no place", "gating.0.weight", "FILE.py:FUNCTION")
+    save_file(weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+              folder / "model.safetensors")
+    load_judge(f"reward:{folder}")
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+        refused(name, "git lfs pull")
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        refused(name, "no regular file")
+        (folder / name).unlink()
+        (folder / name).write_bytes(content)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
+    refused("LoRA adapter", "merge")
+    save_reward_model(tmp_path / "many", labels=19)
+    folder = tmp_path / "many"
+    refused("19 outputs", "FILE.py:FUNCTION", "picks one")
+
+
+@pytest.mark.parametrize("architecture, named, positions, limit", [
+    ("llama", None, 64, 64), ("llama", 40, 64, 64), ("llama", 64, 64, 64), ("llama", 90, 64, 90),
+    ("gpt2", 40, 64, 40), ("gpt2", 90, 64, 64), ("gpt2", None, 64, 64)])
+def test_a_reward_model_reads_as_much_as_it_can_and_says_what_it_cuts(
+        architecture, named, positions, limit, tmp_path, capsys):
+    """Catches conversations that are cut, without a word, at a number in the tokenizer's files that
+    is smaller than the model's context; an index beyond a table of positions."""
+    from transformers import AutoModelForSequenceClassification, GPT2Config
+    folder = tmp_path / "model"
+    save_reward_model(folder)
+    if architecture == "gpt2":
+        AutoModelForSequenceClassification.from_config(GPT2Config(
+            vocab_size=384, n_positions=positions, n_embd=16, n_layer=1, n_head=2, num_labels=1,
+            pad_token_id=0)).save_pretrained(folder)
+    if named:
+        change_json(folder / "tokenizer_config.json", model_max_length=named)
+    judge = load_judge(f"reward:{folder}")
+    told = capsys.readouterr().out
+    assert (f"says at most {named} tokens, its config {positions}; {limit} is used" in told) == (
+        named not in (None, positions)), told
+    ids = judge.score.__self__.ids
+    texts = ["a" * n for n in (1, 150)]
+    assert len(ids(MESSAGES[0], texts[0])) <= limit < len(ids(MESSAGES[0], texts[1]))
+    assert len(judge.score.__self__.row(MESSAGES[0], texts[1])) == limit
+    judge.score.__self__.report(), capsys.readouterr()
+    judge.check(user("long " * 100))  # is asked, not judged
+    judge(MESSAGES[:1], [texts])
+    assert f"1 of 2 conversations have more than its {limit} tokens" in capsys.readouterr().out
+    judge(MESSAGES[:1], [texts[:1]])
+    assert "conversations" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("what", ["AutoModelForSequenceClassification", "AutoTokenizer"])
 def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(what, tmp_path, monkeypatch):
     """Catches transformers' question on stdin, after which a `y` runs a stranger's code."""
@@ -998,6 +1082,34 @@ def test_ctrl_c_and_a_judge_that_exits_end_in_one_line_and_no_success(make_judge
         (message,) = [line for line in lines if line and "judge: " not in line]
         assert done.returncode == code and words in message, done.stderr
         assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("fault, code", [("", 0), ("raise ValueError('no')", 1),
+                                         ("raise KeyboardInterrupt", 130)])
+def test_a_thread_that_never_ends_keeps_no_command_alive(fault, code):
+    """Catches a finished run that hangs for ever on a judge's thread, and output that is lost or an
+    exit code that changes because it does not wait. A thread that ends is waited for."""
+    script = ("import threading, time\nfrom harness import ends\nends.LEAVE_AFTER = 0.2\n"
+              "def main():\n"
+              "    threading.Thread(target=time.sleep, args=[50], name='poller').start()\n"
+              f"    print('all is done')\n    {fault}\nends.run(main)")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                          timeout=40)
+    assert (done.returncode, done.stdout) == (code, "all is done\n")
+    assert "thread that does not end: poller" in done.stderr
+    script = script.replace("50]", "0.1]").replace("0.2", "5")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and "thread" not in done.stderr
+
+
+def test_an_input_that_is_a_pipe_is_refused(rank, tmp_path):
+    """Catches a command that waits for ever."""
+    (tmp_path / "in.jsonl").unlink()
+    os.mkfifo(tmp_path / "in.jsonl")
+    assert "no regular file" in rank("nobody.py:calls")
+    os.mkfifo(tmp_path / "judge.py")
+    with pytest.raises(ValueError, match="no file"):
+        load_judge(f"{tmp_path}/judge.py:f")
 
 
 def test_a_human_without_a_terminal_ends_in_one_line_and_no_success(tmp_path):
