@@ -537,7 +537,7 @@ class RewardModel:
                                       + explain(error))) from error
 
     def ids(self, prompt, text):
-        """The conversation's ids, a list: one BOS wherever template or tokenizer begins with one."""
+        """The conversation's ids, a list: one BOS where template or tokenizer begins with one."""
         ids = self.tokenizer.apply_chat_template(
             [*prompt, {"role": "assistant", "content": text}], return_dict=False)
         bos = [self.tokenizer.bos_token_id]

@@ -95,7 +95,8 @@ def test_a_judge_that_changes_the_lists_it_was_given_is_refused(make_judge, chan
     """Catches scores in the order of a list that the judge has sorted in place, which went to the
     wrong candidates without a word; and the caller's own data changed."""
     spec = make_judge(f"    {change}\n" + BY_LENGTH.replace("return", end))
-    prompts = [[*prompt, {"role": "assistant", "content": ""}, *user("And?")] for prompt in MESSAGES]
+    more = [{"role": "assistant", "content": ""}, *user("And?")]
+    prompts = [prompt + more for prompt in MESSAGES]
     given, kept = json.loads(json.dumps([prompts, CANDIDATES])), tmp_path / "scores"
     with pytest.raises(ValueError, match="prompt_id a to c: the judge changed the lists") as error:
         load_judge(spec)(*given, "abc", kept)
@@ -1091,13 +1092,13 @@ def test_a_thread_that_never_ends_keeps_no_command_alive(fault, code):
     exit code that changes because it does not wait. A thread that ends is waited for."""
     script = ("import threading, time\nfrom harness import ends\nends.LEAVE_AFTER = 0.2\n"
               "def main():\n"
-              "    threading.Thread(target=time.sleep, args=[50], name='poller').start()\n"
+              "    threading.Thread(target=time.sleep, args=[20], name='poller').start()\n"
               f"    print('all is done')\n    {fault}\nends.run(main)")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
-                          timeout=40)
+                          timeout=10)
     assert (done.returncode, done.stdout) == (code, "all is done\n")
     assert "thread that does not end: poller" in done.stderr
-    script = script.replace("50]", "0.1]").replace("0.2", "5")
+    script = script.replace("20]", "0.1]").replace("0.2", "5")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code and "thread" not in done.stderr
 
