@@ -221,6 +221,72 @@ MUTANTS = [
     ("processes tie a head that process 0 has not tied", "harness/weights.py",
      "if tied is not None:", "if False:",
      "tests/test_architectures.py::test_two_matrices_stay_two_whatever_the_config_says"),
+    ("a judge's path ends at its first colon", "harness/judges.py",
+     're.fullmatch(r"(.+\\.py):(\\w+)"',
+     're.fullmatch(r"([^:]+\\.py):(\\w+)"',
+     "tests/test_judges.py"
+     "::test_a_ranker_is_taken_apart_at_the_right_colon"),
+    ("a judge that sorts its list gives scores to others", "harness/judges.py",
+     "if not unchanged(given, prompts, texts):",
+     "if False:",
+     "tests/test_judges.py"
+     "::test_a_judge_that_changes_the_lists_it_was_given_is_refused"),
+    ("a judge's seed, dtype or autocast stays", "harness/user_function.py",
+     "            write_state(ours)",
+     "            pass",
+     "tests/test_judges.py"
+     "::test_a_judge_leaves_the_process_as_it_was"),
+    ("a judge loses what it has set when it was imported", "harness/user_function.py",
+     "                write_state(self.state)",
+     "                pass",
+     "tests/test_judges.py"
+     "::test_what_a_judge_sets_when_it_is_imported_holds_when_it_is_called"),
+    ("sys.exit in a score ends the run as a success", "harness/judges.py",
+     "    except BaseException:  # no numbers;",
+     "    except Exception:  # no numbers;",
+     "tests/test_judges.py"
+     "::test_a_result_that_exits_when_it_is_looked_at_is_an_error"),
+    ("a score that overflows is let in", "harness/judges.py",
+     "if any(abs(score) > LARGEST for score in scores):",
+     "if False:",
+     "tests/test_judges.py"
+     "::test_a_score_too_large_to_be_averaged_is_refused_and_smaller_ones_are_not"),
+    ("paid answers of a call that fails are asked for again", "harness/judges.py",
+     "if kept.scores.get(one[1]) is None:",
+     "if True:",
+     "tests/test_judges.py"
+     "::test_an_answer_that_was_paid_for_is_never_asked_for_again"),
+    ("scores of a generator that left out a prompt are kept", "harness/judges.py",
+     "            kept.forget(part)",
+     "            pass",
+     "tests/test_judges.py"
+     "::test_of_a_generator_that_leaves_out_a_prompt_nothing_is_kept"),
+    ("a reward model's surplus weights are left out in silence", "harness/judges.py",
+     "        if surplus:\n            raise ValueError",
+     "        if False:\n            raise ValueError",
+     "tests/test_judges.py"
+     "::test_a_reward_model_that_is_not_whole_is_refused_with_a_remedy"),
+    ("a reward model is cut at its tokenizer's number", "harness/judges.py",
+     "(min if table else max)(named, positions)",
+     "min(named, positions)",
+     "tests/test_judges.py"
+     "::test_a_reward_model_reads_as_much_as_it_can_and_says_what_it_cuts"),
+    ("a finished run waits for a judge's thread", "harness/ends.py",
+     "if left and not threading.main_thread().is_alive():",
+     "if False:",
+     "tests/test_judges.py"
+     "::test_a_thread_that_never_ends_keeps_no_command_alive"),
+    ("an edited judge is accepted where its path has a colon", "harness/prepare.py",
+     'if kind == "file":', 'if kind == "file" and ":" not in path:', "tests/test_duel.py"
+     "::test_a_judge_whose_path_has_a_colon_is_known_by_its_content"),
+    ("--fresh deletes a judge in the run's folder", "harness/prepare.py",
+     '("--ranker", judges.parse_spec(s.ranker).path)', '("--ranker", "")', "tests/test_duel.py"
+     "::test_a_judge_whose_path_has_a_colon_is_known_by_its_content"),
+    ("--ranker is blamed for --eval-ranker", "harness/prepare.py", ', flag="--eval-ranker")', ")",
+     "tests/test_duel.py::test_an_error_of_the_judge_of_the_evaluation_names_its_own_flag"),
+    ("answers that are all empty are found after sampling", "harness/prepare.py",
+     "        check_answers(portions, s)", "        pass", LOOP
+     + "::test_data_whose_answers_are_all_empty_are_refused_before_sampling"),
     ("a checkpointed policy outlives its iteration", "harness/weights.py",
      "if sharded or compute.gradient_checkpointing or compute.compile:", "if sharded:", LOOP
      + "::test_no_trained_policy_outlives_its_iteration"),

@@ -22,8 +22,7 @@ import torch
 
 from harness.chat import read_instructions, user_turn
 from harness.evaluate import half_for_ties, length_controlled, wilson
-from harness.files import parts_of
-from harness.judges import SPECS, check_scores, load_judge
+from harness.judges import SPECS, check_scores, load_judge, parse_spec
 from harness.rundir import Rows
 from harness.settings import as_judge, as_path
 from harness.template import strip_thought
@@ -100,7 +99,7 @@ def compare(args):
     pairs = matched(args.outputs, args.reference)
     if args.scores:
         check_scores(args.scores, [("--outputs", args.outputs), ("--reference", args.reference),
-                                   *parts_of("--ranker", args.ranker)])
+                                   ("--ranker", parse_spec(args.ranker).path)])
     judge = load_judge(args.ranker, args.device, args.tokens_per_forward, progress=True)
     prompts, ids = [user_turn(text) for text, _ in pairs], [f"{text[:60]!r}" for text, _ in pairs]
     scores = judge(prompts, list(pairs.values()), ids, args.scores)

@@ -9,10 +9,13 @@ SELM_TRACEBACK=1 shows where a one-line error arose.
 import os
 import signal
 import sys
-from contextlib import contextmanager
+import threading
+import time
+from contextlib import contextmanager, suppress
 
 GOES_ON = "the same command goes on after the last finished phase"
 NO_SPACE = "free some space and run the same command again"
+LEAVE_AFTER = 10  # seconds, which a judge's thread has to end when all is done
 OUT_OF_MEMORY = ("lower --tokens-per-forward (training) or --slots (sampling), or add "
                  "--gradient-checkpointing or --offload")
 
@@ -107,6 +110,7 @@ def run(main, goes_on=GOES_ON):
         raise
     finally:
         flush_output()
+        wait_for_no_thread(getattr(sys.exc_info()[1], "code", 1))
 
 
 def print_anything():
@@ -129,3 +133,20 @@ def flush_output(end=""):
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return error
+
+
+def wait_for_no_thread(code):
+    """Python waits at its end for every thread that is no daemon: a judge's may never end. This
+    watches from a thread that is one, and leaves. code: of SystemExit; a text was an error."""
+    def watch():
+        time.sleep(LEAVE_AFTER)
+        left = [thread.name for thread in threading.enumerate()
+                if not thread.daemon and thread is not threading.main_thread()]
+        if left and not threading.main_thread().is_alive():
+            print(f"left without waiting for a thread that does not end: {one_line(left[0])}",
+                  file=sys.stderr)
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+    threading.Thread(target=watch, daemon=True).start()

@@ -18,10 +18,17 @@ def check_file(flag, path):
         raise ValueError(f"{flag} {path}: a pipe or a device; write its content into a file, and "
                          "name that")
     if os.path.isfile(path) and os.access(path, os.R_OK):
-        with open(path, "rb") as file:
-            if file.read(len(LFS)) == LFS:
-                raise ValueError(f"{flag} {path}: a pointer of git-LFS, not the file itself; run "
-                                 "git lfs pull")
+        try:
+            check_no_pointer(path)
+        except ValueError as error:
+            raise ValueError(f"{flag} {error}") from None
+
+
+def check_no_pointer(path):
+    """ValueError for a file that only says where git-LFS keeps the real one."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise ValueError(f"{path}: a git-LFS pointer, not the file itself; run git lfs pull")
 
 
 def is_special(path):
@@ -46,13 +53,6 @@ def check_apart(flag, path, inputs):
             if same_file(path, file):
                 raise ValueError(f"{flag} {path}: the same file as {file}, which {name} names; "
                                  "name another")
-
-
-def parts_of(flag, spec):
-    """(flag, path) of whatever in a judge's FILE.py:FUNCTION or KIND:FOLDER may be a path."""
-    colons = [i for i, character in enumerate(spec) if character == ":"]
-    return [(flag, part) for i in colons for part in (spec[:i], spec[i + 1:])
-            if os.path.exists(part)]
 
 
 def parse_json(text):

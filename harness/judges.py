@@ -9,12 +9,16 @@ for each, higher is better, in the candidates' order. Yours takes three lines (m
 
     python rank.py --ranker my_judge.py:shorter_is_better --input some.jsonl --output ranked.jsonl
 
-It is called with up to 64 prompts, never with the same text twice for one prompt, and may import
-its neighbour files. Lists, tuples, arrays and tensors of finite numbers (True is 1) are scores.
+It is called with up to 64 prompts (`shorter_is_better.prompts_a_call = 8`: with up to 8), never
+with the same text twice for one prompt, and may import its neighbour files. Lists, tuples, arrays
+and tensors of finite numbers (True is 1) are scores. A judge that costs money yields one list a
+prompt, in the prompts' order: each is kept as it comes, whatever happens next. In place of a list
+it may give the exception that this prompt met, and the others are kept (examples/judge_http.py).
 
-Judges are strangers, and they are slow. `Judge` stands between them and the run: they get copies,
-what they return is checked, whatever they raise becomes one line that names judge and prompt, and
-each finished score is on disk before the next call, so that a judge that fails loses nothing.
+The run trusts no judge, and judges are slow. `Judge` is between them and the run: they get copies,
+which they must leave in their order, what they return is checked, whatever they raise becomes one
+line that names judge and prompt, and each finished score is on disk before the next call, so that
+a judge that fails loses nothing.
 
 Leaves PairRM itself and the pair to rank.py, and the thought: candidates are judged as they come,
 so callers take a <think>...</think> off first. The toy's oracle is handed in by its owner.
@@ -24,7 +28,6 @@ Legend: B prompts, K candidates of one, R rows of a forward pass, T tokens of th
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -35,20 +38,21 @@ import os
 import random
 import re
 import reprlib
-import sys
-import traceback
-import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from harness.files import check_file, is_special, parse_json, parts_of
+from harness.files import check_file, check_no_pointer, is_special, parse_json
 from harness.rundir import check_writable, printable, write_jsonl
 from harness.settings import as_judge, as_path
+from harness.scale import say
+from harness.user_function import END, PROMPTS_A_CALL, UserFunction, explain
 from rank import PairRM, choose_pair, length_batches, pad_rows, pairrm_texts
 
+LARGEST = 1e100  # score: beyond it a variance is no finite number
 SPECS = "pairrm[:ID] | reward:ID | FILE.py:FUNCTION | human | oracle (toy world only)"
 
 # ----------------------------------------------------------------------------------------------
@@ -56,34 +60,52 @@ SPECS = "pairrm[:ID] | reward:ID | FILE.py:FUNCTION | human | oracle (toy world 
 # ----------------------------------------------------------------------------------------------
 
 
-def load_judge(spec, device="cpu", tokens_per_forward=8192, oracle=None, seed=0, progress=False):
-    """--ranker -> Judge. ValueError with one line for whatever cannot be had.
+class Spec(NamedTuple):
+    """What --ranker names: kind is pairrm, reward, human, oracle, "file" or an unknown word."""
+    kind: str
+    path: str  # a model's folder or hub id, a function's file, or ""
+    function: str = ""
+
+
+def parse_spec(text):
+    """FILE.py:FUNCTION is split at its last colon, for a path may have others (C:\\jobs\\a.py:f,
+    a:b/judge.py:f); everything else at its first."""
+    own_file = re.fullmatch(r"(.+\.py):(\w+)", text, re.DOTALL)
+    if own_file:
+        return Spec("file", *own_file.groups())
+    kind, _, path = text.partition(":")
+    return Spec(kind, path)
+
+
+def load_judge(spec, device="cpu", tokens_per_forward=8192, oracle=None, seed=0, progress=False,
+               flag="--ranker"):
+    """The value of --ranker, or of another `flag` -> Judge. ValueError with one line for whatever
+    cannot be had.
 
     tokens_per_forward: for models, memory against speed. oracle: the callable behind "oracle".
     seed: for "human", the order in which candidates are shown. progress: draw a bar.
     """
     judge = functools.partial(Judge, spec, progress=progress)
-    kind, _, rest = spec.partition(":")
-    own_file = re.fullmatch(r"(.+\.py):(\w+)", spec)
+    kind, path, name = parse_spec(spec)
     try:
         if kind == "pairrm":
-            model = load_pairrm(rest or "llm-blender/PairRM-hf", device)
+            model = load_pairrm(path or "llm-blender/PairRM-hf", device)
             model.tokens_per_forward = tokens_per_forward
             return judge(model.scores, lambda prompt: pairrm_texts(prompt, []), 32, is_model=True)
-        if kind == "reward" and rest:
-            model = RewardModel(rest, device, tokens_per_forward)
-            return judge(model.scores, model.check, 32, is_model=True)
-        if own_file:
-            function = UserFunction(*own_file.groups())
-            return judge(function, file=function.path)
+        if kind == "reward" and path:
+            model = RewardModel(path, device, tokens_per_forward)
+            return judge(model.scores, model.check, 32, is_model=True, afterwards=model.report)
+        if kind == "file":
+            function = UserFunction(path, name)
+            return judge(function, prompts_a_call=function.prompts_a_call, file=function.path)
     except Exception as error:  # a damaged file, a missing GPU, a config of another class, ...
-        raise ValueError(one_line(f"--ranker {spec}: {explain(error)}")) from error
+        raise ValueError(one_line(f"{flag} {spec}: {explain(error)}")) from error
     if spec == "human":
         return judge(functools.partial(ask_you, seed=seed), prompts_a_call=1)
     if spec == "oracle" and oracle:
         return judge(oracle, prompts_a_call=1000)
     why = "the oracle belongs to the toy world; use" if spec == "oracle" else "not one of"
-    raise ValueError(f"--ranker {spec}: {why} {SPECS}")
+    raise ValueError(one_line(f"{flag} {spec}: {why} {SPECS}"))
 
 
 class Question(NamedTuple):
@@ -96,15 +118,17 @@ class Question(NamedTuple):
 class Judge:
     """judge(prompts, candidates, prompt_ids, kept) -> B lists of K_b finite floats.
 
-    score: the stranger. check(prompt): ValueError for a prompt that it will never be able to judge.
+    score: the function or the model. check(prompt): ValueError for a prompt that it will never be
+    able to judge.
     is_model: one of ours. It sees repeated texts (PairRM's mean counts them), and the longest
     prompts first: memory that is too small shows at once, and a call holds texts of like length.
     """
     name: str
     score: Callable
     check: Callable = lambda prompt: None
-    prompts_a_call: int = 64
+    prompts_a_call: int = PROMPTS_A_CALL
     is_model: bool = False
+    afterwards: Callable = lambda: None  # called when all are judged
     progress: bool = False
     length_penalty: float = 0.0
     tokenizer: Any = None
@@ -122,7 +146,8 @@ class Judge:
         questions = [Question(*parts) for parts in zip(ids, prompts, candidates, strict=True)]
         kept = kept if isinstance(kept, Kept) else Kept(kept)
         keys = list(map(self._key, questions))
-        todo = [(question, key) for question, key in zip(questions, keys) if key not in kept.scores]
+        todo = [(question, key) for question, key in zip(questions, keys)
+                if kept.scores.get(key) is None]
         if self.is_model:
             todo.sort(key=lambda item: -len(str(item[0])))
         with tqdm(total=len(questions), initial=len(questions) - len(todo), desc="judge",
@@ -133,9 +158,11 @@ class Judge:
                     self._ask(part, kept)
                 except WholeCall:
                     for one in part:  # keeps what is good alone, and names what is not
-                        self._ask([one], kept)
+                        if kept.scores.get(one[1]) is None:
+                            self._ask([one], kept)
                     raise  # all are good alone: an error it remains
                 bar.update(len(part))
+        self.afterwards()
         rows = [dict(zip(sorted(set(question.texts)), kept.scores[key]))
                 for question, key in zip(questions, keys)]
         return [[row[text] - self._penalty(text) for text in texts]
@@ -145,39 +172,59 @@ class Judge:
         return digest(self.name, question.prompt_id, question.prompt, sorted(question.texts))
 
     def _ask(self, part, kept):
-        """One call for some (question, key); their scores go into `kept`."""
-        questions, keys = zip(*part)
-        texts = [q.texts if self.is_model else list(dict.fromkeys(q.texts)) for q in questions]
-        rows, faults = [], []
-        for question, key, asked, row in zip(questions, keys, texts, self._call(questions, texts)):
-            try:
-                by_text = dict(zip(asked, check_row(row, asked)))
-                rows.append({"prompt_id": question.prompt_id, "question": key,
-                             "scores": [by_text[text] for text in sorted(by_text)]})
-            except ValueError as error:
-                faults.append(f"judge {self.name}, prompt_id {question.prompt_id}: {error}")
-        kept.add(rows)
+        """One call for some (question, key). Scores go into `kept` as they come: those of a list
+        together, those of a generator prompt by prompt."""
+        texts = [list(question.texts) if self.is_model else list(dict.fromkeys(question.texts))
+                 for question, _ in part]
+        waiting, faults = zip(part, texts), []
+        try:
+            for rows in self._call(part, texts):
+                good = []
+                for row, ((question, key), asked) in zip(rows, waiting):
+                    try:
+                        by_text = dict(zip(asked, check_row(row, asked, self.file)))
+                        good.append({"prompt_id": question.prompt_id, "question": key,
+                                     "scores": [by_text[text] for text in sorted(by_text)]})
+                    except ValueError as error:
+                        faults.append(f"judge {self.name}, prompt_id {question.prompt_id}: {error}")
+                kept.add(good)
+        except Mismatch:  # nobody knows which scores are whose
+            kept.forget(part)
+            raise
         if faults:
             raise ValueError(one_line(faults[0]))
 
     def _call(self, part, texts):
-        """What the stranger says about copies: a row for each question, not yet looked into."""
-        who = f"judge {self.name}, prompt_id {part[0].prompt_id}"
+        """What the judge says about copies, not yet looked into: yields lists of rows, one row for
+        each (question, key) in their order."""
+        who = f"judge {self.name}, prompt_id {part[0][0].prompt_id}"
         if len(part) > 1:
-            who += f" to {part[-1].prompt_id}"
+            who += f" to {part[-1][0].prompt_id}"
+        guard = functools.partial(self._guarded, who, WholeCall if len(part) > 1 else ValueError)
+        prompts, count = [question.prompt for question, _ in part], 0
+        given = copy.deepcopy([prompts, texts])
+        scores = guard(self.score, *given)
+        for rows in rows_of(scores, guard):
+            if not unchanged(given, prompts, texts):
+                raise Mismatch(one_line(
+                    f"{who}: the judge changed the lists that it was given (did it sort or edit "
+                    "them in place?), so nobody knows which score is whose; let it change a copy"))
+            count += len(rows)
+            if count > len(part):  # of a generator that may have no end
+                break
+            yield rows
+        if count != len(part):
+            got = f"{count} lists" if count else shown(scores)
+            raise Mismatch(one_line(f"{who}: a judge must return a list of lists of numbers; "
+                                    f"it returned {got} for {len(part)} prompts"))
+
+    def _guarded(self, who, kind, function, *arguments):
         try:
-            scores = self.score(copy.deepcopy([q.prompt for q in part]), copy.deepcopy(texts))
+            return function(*arguments)
         except (KeyboardInterrupt, Stopped):
             raise
         except BaseException as error:  # sys.exit(0) too: it would end the run as a success
-            kind = WholeCall if len(part) > 1 else ValueError
             raise kind(one_line(f"{who}: {explain(error, self.file)}")) from error
-        rows = as_list(scores)
-        if rows is None or len(rows) != len(part):
-            got = reprlib.repr(scores) if rows is None else f"{len(rows)} lists"
-            raise ValueError(one_line(f"{who}: a judge must return a list of lists of numbers; "
-                                      f"it returned {got} for {len(part)} prompts"))
-        return rows
 
     def _penalty(self, text):
         if not self.length_penalty:
@@ -205,8 +252,9 @@ class Judge:
 def with_length_penalty(judge, weight, tokenizer):
     """The same judge, whose scores lose `weight` >= 0 for every token (by `tokenizer`) of the
     candidate: judges like long answers, and a policy learns that first."""
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"--length-penalty {weight}: must be 0 or a positive number")
+    if not 0 <= weight <= LARGEST:
+        raise ValueError(f"--length-penalty {weight}: must be 0 or a positive number, at most "
+                         f"{LARGEST:g}")
     if weight and tokenizer is None:
         raise ValueError("--length-penalty counts tokens: it needs a tokenizer")
     return dataclasses.replace(judge, length_penalty=weight, tokenizer=tokenizer)
@@ -216,20 +264,53 @@ class WholeCall(ValueError):
     """A call for several prompts raised something: which of them was it?"""
 
 
-def check_row(row, texts):
-    """The scores of one prompt's texts, as finite floats. ValueError for anything else."""
-    scores = as_list(row) or []
-    if any(isinstance(score, (str, bytes, bytearray)) for score in scores):
-        scores = []  # float("12") would be a number
+class Mismatch(ValueError):
+    """Nobody knows which scores of a call belong to which candidates."""
+
+
+def rows_of(scores, guard):
+    """Lists of rows: one list, or a generator's rows one by one. guard(function, ...) calls it."""
+    rows = guard(as_list, scores)
+    if rows is not None:
+        yield rows
+    elif isinstance(scores, Iterator):
+        while (row := guard(next, scores, END)) is not END:
+            yield [row]
+
+
+def unchanged(given, prompts, texts):
+    """Whether what a judge was given is still in its order, and says the same. Keys that it has
+    added to a message do no harm."""
     try:
+        return given[1] == texts and all(
+            {**now, **turn} == now for messages, turns in zip(given[0], prompts, strict=True)
+            for now, turn in zip(messages, turns, strict=True))
+    except Exception:  # other lengths, or other things than lists of messages
+        return False
+
+
+def check_row(row, texts, file=None):
+    """The scores of one prompt's texts, as finite floats. ValueError for anything else. file: of
+    the judge, to name the line where an exception arose that it gives in place of scores."""
+    if isinstance(row, Exception):
+        raise ValueError(explain(row, file))
+    try:
+        scores = as_list(row) or []
+        if any(isinstance(score, (str, bytes, bytearray)) for score in scores):
+            scores = []  # float("12") would be a number
         scores = list(map(float, scores))
-    except Exception:  # no numbers; or whatever somebody's own kind of number raises
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # no numbers; or whatever somebody's own kind of number raises
         scores = []
     if len(scores) != len(texts):
         raise ValueError("a judge must return a list of lists of numbers, one a candidate; it "
-                         f"returned {reprlib.repr(row)} for {len(texts)} candidates")
+                         f"returned {shown(row)} for {len(texts)} candidates")
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"the judge's scores are not finite: {scores}")
+    if any(abs(score) > LARGEST for score in scores):
+        raise ValueError(f"the judge's scores {scores} are too large to be averaged; divide them "
+                         f"by a constant, so that none is beyond {LARGEST:g}")
     return scores
 
 
@@ -240,13 +321,14 @@ def as_list(values):
     return list(values) if isinstance(values, (list, tuple)) else None
 
 
-def explain(error, file=None):
-    """An exception as text, with the line of the user's `file` where it arose."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-             if frame.filename == str(file)]
-    where = f" ({Path(file).name}, line {lines[-1]})" if lines else ""
-    text = "".join(traceback.format_exception_only(error)).removeprefix("ValueError: ").strip()
-    return f"{text:.500}{where}"
+def shown(value):
+    """Its repr, which is code of the judge's as well."""
+    try:
+        return reprlib.repr(value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return f"a {type(value).__name__}"
 
 
 def one_line(text):
@@ -265,7 +347,7 @@ def digest(*parts):
 class Kept:
     """A JSONL file of finished scores, of one process alone, read once. path: None keeps nothing
     beyond this object. others: files that are read as well, what other processes have left.
-    scores: question -> scores of its sorted distinct texts."""
+    scores: question -> scores of its sorted distinct texts, or None: not to be trusted."""
 
     def __init__(self, path, others=()):
         self.path, self.scores = path and Path(path), {}
@@ -280,10 +362,15 @@ class Kept:
                 except (ValueError, KeyError, AttributeError, TypeError):
                     pass  # a line that is not whole to the last bit is asked for again
 
+    def forget(self, part):
+        """part: some (question, key), whose scores are asked for again."""
+        self.add([{"prompt_id": question.prompt_id, "question": key, "scores": None}
+                  for question, key in part if self.scores.get(key) is not None])
+
     def add(self, rows):
         """Rows of prompt_id, question and scores; on disk on return."""
         self.scores |= {row["question"]: row["scores"] for row in rows}
-        if self.path is None:
+        if self.path is None or not rows:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
@@ -352,7 +439,8 @@ def _pairrm_config(folder):
 
 def safetensors_folder(name):
     """`name` itself if it is a folder, else the hub's snapshot of it. ValueError where there is
-    none, or where its weights are not safetensors: a .bin is a pickle, and can run code."""
+    none, where it is no whole model, or where its weights are not safetensors: a .bin is a pickle,
+    and can run code."""
     folder, wanted = Path(name), ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -361,6 +449,13 @@ def safetensors_folder(name):
         except Exception as error:  # the hub raises a dozen kinds; all mean the same to the user
             raise ValueError("neither a folder here nor a model that the hub would give "
                              f"({type(error).__name__}: {error})") from error
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder}: a LoRA adapter, no whole model; merge it into its base model "
+                         "(peft: model.merge_and_unload().save_pretrained(...)), and name that")
+    for file in sorted(file for pattern in wanted for file in folder.glob(pattern)):
+        if not file.is_file():
+            raise ValueError(f"{file} is no regular file")
+        check_no_pointer(file)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder}: no .safetensors file (a .bin is refused: it can run code); "
                          "convert it, or name another model")
@@ -386,9 +481,17 @@ class RewardModel:
         except Exception as error:
             raise ValueError(f"no sequence classifier to be had ({explain(error)})") from error
         if model.config.num_labels != 1:
-            raise ValueError(f"{model.config.num_labels} outputs; a reward model has 1")
+            raise ValueError(f"{model.config.num_labels} outputs; a reward model has 1. Write a "
+                             "FILE.py:FUNCTION that loads it and picks one, or weighs them")
         if info["missing_keys"]:  # a plain language model, to which transformers adds a random head
             raise ValueError(f"no trained head (missing {sorted(info['missing_keys'])})")
+        surplus = [key for key in sorted(info["unexpected_keys"])
+                   if not key.endswith(("position_ids", "inv_freq"))]  # old buffers
+        if surplus:
+            raise ValueError(f"{len(surplus)} of its weights have no place in a "
+                             f"{type(model).__name__} of its config.json ({surplus[0]}, ...), and "
+                             "its scores depend on them; write a FILE.py:FUNCTION that loads it "
+                             "as its authors do")
         if not self.tokenizer.chat_template:
             raise ValueError("no chat template; write a FILE.py:FUNCTION that has one")
         head = getattr(model, "score", getattr(model, "classifier", None))
@@ -397,28 +500,55 @@ class RewardModel:
         self.model, self.tokens_per_forward = model.eval().to(device), tokens_per_forward
         config = model.config.get_text_config()
         self.pad_id, self.begins = config.pad_token_id, self.tokenizer("")["input_ids"][:1]
-        self.max_length = min(self.tokenizer.model_max_length,
-                              getattr(config, "max_position_embeddings", None) or math.inf)
+        self.max_length = self._limit(model, getattr(config, "max_position_embeddings", None))
+        self.cut = self.judged = 0
+
+    def _limit(self, model, positions):
+        """Most tokens of a conversation. positions: those that the model's config names, or None.
+
+        A tokenizer's model_max_length is often left from an older model: the larger of the two
+        counts. Not where positions are a table (BERT's), which ends."""
+        named, words = self.tokenizer.model_max_length, model.get_input_embeddings()
+        if named > 1e9:  # transformers' "nobody said it"
+            return positions or math.inf
+        if not positions or positions == named:
+            return named
+        table = any(isinstance(module, torch.nn.Embedding) and module is not words
+                    and module.num_embeddings >= positions for module in model.modules())
+        limit = (min if table else max)(named, positions)
+        say(f"reward model: its tokenizer says at most {named} tokens, its config {positions}; "
+            f"{limit} is used, and what is longer loses its beginning")
+        return limit
+
+    def report(self):
+        """Prints how many conversations were cut since the last report."""
+        if self.cut:
+            say(f"reward model: {self.cut} of {self.judged} conversations have more than its "
+                f"{self.max_length} tokens, and were judged without their beginning")
+        self.cut = self.judged = 0
 
     def check(self, prompt):
         """ValueError where the model's own chat template refuses the prompt (a role, an order)."""
         try:
-            self.row(prompt, "a")
+            self.ids(prompt, "a")
         except Exception as error:  # jinja's kinds, and whatever a template calls
             raise ValueError(one_line("the reward model's chat template refuses it: "
                                       + explain(error))) from error
 
-    def row(self, prompt, text):
-        """The conversation's ids (t,): one BOS wherever template or tokenizer begins with one. Too
-        long a conversation loses its beginning behind that, not the answer that is judged."""
+    def ids(self, prompt, text):
+        """The conversation's ids, a list: one BOS where template or tokenizer begins with one."""
         ids = self.tokenizer.apply_chat_template(
             [*prompt, {"role": "assistant", "content": text}], return_dict=False)
         bos = [self.tokenizer.bos_token_id]
-        if ids[:1] == bos:
-            ids = ids[1:]
-        elif self.begins != bos:
-            bos = []
-        return torch.tensor(bos + ids[max(0, len(ids) + len(bos) - self.max_length):])
+        return bos + ids if self.begins == bos != ids[:1] else ids
+
+    def row(self, prompt, text):
+        """Its ids (t,). Too long a conversation loses its beginning after the BOS, not the answer
+        that is judged."""
+        ids = self.ids(prompt, text)
+        surplus, kept = max(0, len(ids) - self.max_length), ids[:1] == [self.tokenizer.bos_token_id]
+        self.judged, self.cut = self.judged + 1, self.cut + (surplus > 0)
+        return torch.tensor(ids[:kept] + ids[kept + surplus:])
 
     @torch.inference_mode()
     def scores(self, prompts, candidates):
@@ -431,63 +561,11 @@ class RewardModel:
         for batch in length_batches([len(row) for row in rows], budget):
             ids, mask = pad_rows([rows[i] for i in batch], self.pad_id or 0)  # (R, T)
             ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-            for i, value in zip(batch, self.model(ids, mask).logits[:, 0].tolist()):  # (R, 1)
+            logits = self.model(ids, attention_mask=mask).logits  # (R, 1); by name: GPT-2's second
+            for i, value in zip(batch, logits[:, 0].tolist()):  # argument is another
                 values[i] = value
         values = iter(values)
         return [[next(values) for _ in texts] for texts in candidates]
-
-
-class UserFunction:
-    """The function `name` of the Python file `path`, run in a room of its own.
-
-    Inside, its folder is where `import` looks first, also for a data.py or model.py, which are
-    names of our files too. Afterwards sys.path, the working directory, torch's default dtype and
-    the gradient mode are what they were, whatever the judge did with them.
-    """
-
-    def __init__(self, path, name):
-        self.path = Path(path).resolve()
-        if not self.path.is_file():
-            raise ValueError(f"no file {path}")
-        folder, self.names = self.path.parent, {self.path.stem}  # what `import` finds here
-        if not any(Path(place).resolve() == folder for place in sys.path):  # there: as for us
-            self.names |= {file.stem for file in folder.glob("*.py")}
-            self.names |= {file.parent.name for file in folder.glob("*/__init__.py")}
-        # In sys.modules under its own name, or dataclasses and pickle would not find its classes.
-        module = types.ModuleType(self.path.stem)
-        module.__file__ = str(self.path)
-        self.modules = {module.__name__: module}
-        try:
-            with self.room():  # compiled here: a .pyc of the same second could be an older version
-                exec(compile(self.path.read_bytes(), str(self.path), "exec"), vars(module))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            raise ValueError(f"importing {path} failed, {explain(error, self.path)}") from error
-        self.function = getattr(module, name, None)
-        if not callable(self.function):
-            raise ValueError(f"{path} has no function {name}")
-
-    def __call__(self, prompts, candidates):
-        with self.room():
-            return self.function(prompts, candidates)
-
-    @contextlib.contextmanager
-    def room(self):
-        own = lambda: [name for name in sys.modules if name.partition(".")[0] in self.names]
-        hidden = {name: sys.modules.pop(name) for name in own()}
-        sys.modules.update(self.modules)
-        folder, path, dtype = os.getcwd(), sys.path[:], torch.get_default_dtype()
-        sys.path.insert(0, str(self.path.parent))
-        try:
-            with torch.enable_grad():
-                yield
-        finally:
-            self.modules = {name: sys.modules.pop(name) for name in own()}
-            sys.modules.update(hidden)
-            sys.path[:] = path
-            os.chdir(folder)
-            torch.set_default_dtype(dtype)
 
 
 class Stopped(SystemExit):
@@ -594,7 +672,7 @@ def rank_file(args):
 def check_outputs(args):
     """The path of the scores, or None: beside a pipe or a device they have no place. ValueError
     where they or the output could not be written, or would replace what the command reads."""
-    inputs = [("--input", args.input), *parts_of("--ranker", args.ranker)]
+    inputs = [("--input", args.input), ("--ranker", parse_spec(args.ranker).path)]
     inputs += [("--tokenizer", args.tokenizer)] if args.tokenizer else []
     check_writable(args.output, inputs)
     if not args.scores and is_special(args.output):

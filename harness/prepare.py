@@ -94,10 +94,10 @@ def read_inputs(s):
                              oracle=toy.oracle(s.variant) if s.variant else None)
     names = [("--model", s.model), ("--data", s.data), ("--chat-template", s.chat_template)]
     names += [("--samples-from", file) for file in outside.files(s)]
-    names += [("--ranker", part) for part in s.ranker.split(":")]
-    names += [("--eval-ranker", part) for part in (s.eval_ranker or "").split(":")]
+    names += [("--ranker", judges.parse_spec(s.ranker).path),
+              ("--eval-ranker", judges.parse_spec(s.eval_ranker or "").path)]
     inputs = Inputs(load(s.ranker), {}, [(f, name) for f, name in names if name], chat,
-                    eval_judge=load(s.eval_ranker) if s.eval_ranker else None)
+                    eval_judge=load(s.eval_ranker, flag="--eval-ranker") if s.eval_ranker else None)
     inputs = replace(inputs, made_from=judged_by(s, inputs))
     return inputs if s.variant else with_data(inputs, s)
 
@@ -109,7 +109,9 @@ def with_data(inputs, s):
     records = rows.check_rows(records, chat, inputs.judge.check, s.skip_bad_rows)
     held_out = rows.check_rows(held_out, chat, (inputs.eval_judge or inputs.judge).check,
                                s.skip_bad_rows)
-    rows.split_portions(records, s.iterations, s.prompts_per_iteration, s.seed)  # if it can be done
+    portions = rows.split_portions(records, s.iterations, s.prompts_per_iteration, s.seed)
+    if s.pairs == "data":  # else the data's answers are in no pair
+        check_answers(portions, s)
     judge = judges.with_length_penalty(inputs.judge, s.length_penalty, chat.tokenizer)
     judge.dry_call(records)
     if inputs.eval_judge and held_out:
@@ -122,6 +124,17 @@ def with_data(inputs, s):
         made_from[DATE] = chat.today.isoformat()
     return replace(inputs, judge=judge, made_from=made_from, sampler=sampler, records=records,
                    held_out=held_out)
+
+
+def check_answers(portions, s):
+    """ValueError where no row of an iteration has two answers that say something: such rows are
+    dropped when pairs are made, and the iteration would have nothing to train on."""
+    for k, portion in enumerate(portions, s.first):
+        if all(any(not template.strip_thought(row[name]).strip()
+                   for name in ("data_chosen", "data_rejected")) for row in portion):
+            raise ValueError(f"--data {s.data}: in iteration {k} every row has an empty answer "
+                             f"({portion[0]['where']} is one), and such rows are dropped; give "
+                             "rows whose chosen and rejected both say something")
 
 
 def read_model(s):
@@ -223,13 +236,13 @@ def judged_by(s, inputs):
 def judge_source(spec, judge):
     """The same of a judge: file.py:function and what it has imported from beside it, pairrm[:ID],
     reward:ID, or a name."""
-    kind, _, rest = spec.partition(":")
-    if kind.endswith(".py"):
+    kind, path, function = judges.parse_spec(spec)
+    if kind == "file":
         imported = {name: fingerprint(module.__file__)[""] for name, module in
-                    sorted(judge.score.modules.items()) if name != Path(kind).stem
+                    sorted(judge.score.modules.items()) if name != Path(path).stem
                     and getattr(module, "__file__", None)}
-        return fingerprint(kind) | {"function": rest} | imported
-    return {kind: fingerprint(rest) if rest and Path(rest).exists() else rest}
+        return fingerprint(path) | {"function": function} | imported
+    return {kind: fingerprint(path) if path and Path(path).exists() else path}
 
 
 # ----------------------------------------------------------------------------------------------

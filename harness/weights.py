@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 
 from harness import scale
 from harness.ends import one_line
-from harness.files import LFS
+from harness.files import check_no_pointer
 from harness.scale import PROCESS, PROCESSES
 from model import Policy
 
@@ -247,10 +247,7 @@ def _check_files(folder):
     if not folder.is_dir():
         return
     for file in (*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.model")):
-        with open(file, "rb") as opened:
-            if opened.read(len(LFS)) == LFS:
-                raise ValueError(f"{file.name} is a git-LFS pointer, not the file itself; run "
-                                 f"`git lfs pull` in {folder}")
+        check_no_pointer(file)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             _json_object(folder / name)

@@ -348,9 +348,9 @@ WEIGHTS = "model.safetensors"
 
 
 @pytest.mark.parametrize("name, content, words", [
-    (WEIGHTS, LFS, "model.safetensors is a git-LFS pointer.*git lfs pull"),
-    ("tokenizer.json", LFS, "tokenizer.json is a git-LFS pointer"),
-    ("config.json", LFS, "config.json is a git-LFS pointer"),
+    (WEIGHTS, LFS, "model.safetensors: a git-LFS pointer.*git lfs pull"),
+    ("tokenizer.json", LFS, "tokenizer.json: a git-LFS pointer"),
+    ("config.json", LFS, "config.json: a git-LFS pointer"),
     ("config.json", b"[1, 2]", "config.json holds no JSON object"),
     ("tokenizer_config.json", b"5", "tokenizer_config.json holds no JSON object"),
     ("generation_config.json", b'{"eos_token_id": [2, 7', "generation_config.json cannot be read"),

@@ -127,6 +127,35 @@ def test_another_judge_of_the_evaluation_is_another_run(
         train_loop.main([*command[:-1], f"{inside}:judge", "--fresh"])
 
 
+def test_a_judge_whose_path_has_a_colon_is_known_by_its_content(command, tmp_path):  # noqa: F811
+    """An edited judge that is accepted on resume, and a judge that --fresh deletes, because its
+    name was split at the first colon."""
+    folder = tmp_path / "run/iter_1/a:b"
+    spec = f"{tmp_path}/C:\\jobs/my:judge.py:judge"
+    Path(spec).parent.mkdir()
+    path = Path(spec.removesuffix(":judge"))
+    path.write_text("def judge(p, c):\n    return [[len(x) for x in texts] for texts in c]\n")
+    command += ["--iterations", "1", "--ranker", spec, "--eval-prompts", "0"]
+    train_loop.main(command)
+    assert set(read_record(tmp_path / "run/config.json")["made_from"]["judge"]) == {"", "function"}
+    path.write_text(path.read_text().replace("len(x)", "-len(x)"))
+    with pytest.raises(ValueError, match="the judge has changed"):
+        train_loop.main(command)
+    folder.mkdir()
+    (folder / "judge.py").write_text(path.read_text())
+    for flag in ("--ranker", "--eval-ranker"):
+        with pytest.raises(ValueError, match=f"which {flag} reads"):
+            train_loop.main([*command, flag, f"{folder}/judge.py:judge", "--fresh"])
+    assert (folder / "judge.py").exists()
+
+
+def test_an_error_of_the_judge_of_the_evaluation_names_its_own_flag(command):  # noqa: F811
+    """--ranker blamed for what --eval-ranker says."""
+    for spec in ("oracle", "nonsense", "absent.py:f", "reward:/nowhere"):
+        with pytest.raises(ValueError, match=f"^--eval-ranker {spec}: "):
+            train_loop.main([*command, "--eval-ranker", spec])
+
+
 def test_where_it_is_cheap_answers_at_temperature_1_meet_as_well(command, tmp_path):  # noqa: F811
     """A win rate of modes alone, which moves while no sample does; twice the sampling of a run
     whose evaluation is as large as its training."""

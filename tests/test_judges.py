@@ -1,13 +1,18 @@
 """Tests of harness/judges.py: whoever scores, and the command line `python rank.py`."""
 
 import dataclasses
+import http.server
 import itertools
 import json
+import math
 import os
 import re
 import pickle
+import random
 import subprocess
 import sys
+import threading
+from collections import Counter
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -17,7 +22,7 @@ import torch
 from conftest import ARCHITECTURES, ROOT, TEMPLATES, make_tokenizer
 
 import data as our_data
-from harness import ends, judges, prepare
+from harness import ends, evaluate, judges, prepare
 from harness.judges import load_judge, with_length_penalty
 from harness.rundir import printable
 
@@ -71,17 +76,32 @@ def test_a_users_function_is_called_with_messages_and_distinct_texts(make_judge)
     assert load_judge(spec)(MESSAGES[:1], [["b", "a", "b"]]) == [[0.0, 1.0, 0.0]]
 
 
-def test_a_judge_may_do_with_its_arguments_what_it_likes(make_judge):
-    """Catches a judge that sorts its list, or adds to a prompt, in the caller's own data: scores of
-    other candidates, prompts that nobody wrote."""
-    spec = make_judge("    scores = [[len(text) for text in texts] for texts in candidates]\n"
-                      "    for prompt, texts in zip(prompts, candidates):\n"
-                      "        texts.sort()\n        texts.append('mine')\n"
-                      "        prompt[0]['content'] += ' Be brief.'\n        prompt.append({})\n"
-                      "    prompts.clear()\n    return scores\n")
+def test_a_judge_that_adds_to_its_copies_changes_nothing(make_judge):
+    """Catches a judge that notes something in a message, in the caller's own data."""
+    spec = make_judge("    for prompt in prompts:\n        prompt[0]['tokens'] = 3\n" + BY_LENGTH)
     prompts, candidates = json.loads(json.dumps([MESSAGES, CANDIDATES]))
     assert load_judge(spec)(prompts, candidates) == LENGTHS
     assert [prompts, candidates] == [MESSAGES, CANDIDATES]
+
+
+@pytest.mark.parametrize("change", [
+    "[texts.reverse() for texts in candidates]", "[texts.sort() for texts in candidates]",
+    "candidates.reverse()", "prompts.reverse()", "candidates[-1].append('mine')",
+    "candidates[-1][0] = candidates[-1][0].strip()[1:]", "candidates[-1].pop()", "prompts.clear()",
+    "prompts[0].append({})", "prompts[0][0]['content'] += ' Be brief.'", "prompts[0].reverse()",
+    "prompts[0][0].pop('role')", "prompts[0] = 'user: hello'", "prompts[0][0] = None"])
+@pytest.mark.parametrize("end", ["return", "yield from"])
+def test_a_judge_that_changes_the_lists_it_was_given_is_refused(make_judge, change, end, tmp_path):
+    """Catches scores in the order of a list that the judge has sorted in place, which went to the
+    wrong candidates without a word; and the caller's own data changed."""
+    spec = make_judge(f"    {change}\n" + BY_LENGTH.replace("return", end))
+    more = [{"role": "assistant", "content": ""}, *user("And?")]
+    prompts = [prompt + more for prompt in MESSAGES]
+    given, kept = json.loads(json.dumps([prompts, CANDIDATES])), tmp_path / "scores"
+    with pytest.raises(ValueError, match="prompt_id a to c: the judge changed the lists") as error:
+        load_judge(spec)(*given, "abc", kept)
+    assert spec in str(error.value) and given == [prompts, CANDIDATES]
+    assert not any(judges.Kept(kept).scores.values())
 
 
 @pytest.mark.parametrize("fault, words", [
@@ -155,6 +175,30 @@ def test_numbers_of_every_kind_are_scores(value):
     assert scores == [[1.0, 0.5]] and all(type(score) is float for score in scores[0])
 
 
+@pytest.mark.parametrize("hook", ["__float__", "tolist", "__len__", "__iter__", "__repr__"])
+@pytest.mark.parametrize("place", ["[[Odd() for _ in texts] for texts in candidates]",
+                                   "[Odd() for _ in candidates]", "Odd()"])
+@pytest.mark.parametrize("fault", ["SystemExit(0)", "BaseException('no')"])
+def test_a_result_that_exits_when_it_is_looked_at_is_an_error(make_judge, hook, place, fault):
+    """Catches sys.exit(0) in a method of what a judge returns, which ended the run as a success."""
+    spec = make_judge(f"    return {place}\n", f"class Odd(list):\n    def {hook}(self, *_):\n"
+                                               f"        raise {fault}\n")
+    with pytest.raises(ValueError, match="prompt_id a") as error:
+        load_judge(spec)(MESSAGES, CANDIDATES, "abc")
+    assert spec in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("value", [1e101, 1e160, -1e300, 10 ** 200])
+def test_a_score_too_large_to_be_averaged_is_refused_and_smaller_ones_are_not(value, tmp_path):
+    """Catches the OverflowError of a variance, hours later: 1e160 ** 2 is no float."""
+    judge = load_judge("oracle", oracle=lambda p, c: [[0.0, value], [0.0, 1e100]])
+    with pytest.raises(ValueError, match="judge oracle, prompt_id first: .* too large"):
+        judge(MESSAGES[:2], [["a", "b"], ["c", "d"]], ["first", "second"], tmp_path / "scores")
+    [row] = lines(tmp_path / "scores")
+    assert row["scores"] == [0.0, 1e100]
+    assert all(map(math.isfinite, evaluate.mean_interval([-1e100, 1e100, 1e100])))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_score_that_is_not_finite_stops_with_the_prompts_id(bad, tmp_path):
     """Catches a NaN that sorts anywhere and trains on noise; good scores lost with a bad one."""
@@ -163,6 +207,17 @@ def test_a_score_that_is_not_finite_stops_with_the_prompts_id(bad, tmp_path):
         judge(MESSAGES, [["a"], ["b", "c"], ["d"]], ["first", "second", "third"],
               tmp_path / "scores")
     assert [row["prompt_id"] for row in lines(tmp_path / "scores")] == ["first", "third"]
+
+
+@pytest.mark.parametrize("spec, parts", [
+    ("pairrm", ("pairrm", "", "")), ("pairrm:a/b", ("pairrm", "a/b", "")),
+    ("reward:/a:b/c", ("reward", "/a:b/c", "")), ("human", ("human", "", "")), ("", ("", "", "")),
+    ("judge.py:f", ("file", "judge.py", "f")), ("a:b/judge.py:f", ("file", "a:b/judge.py", "f")),
+    ("C:\\jobs\\judge.py:f", ("file", "C:\\jobs\\judge.py", "f")),
+    ("x.py:g/judge.py:f", ("file", "x.py:g/judge.py", "f"))])
+def test_a_ranker_is_taken_apart_at_the_right_colon(spec, parts):
+    """Catches a path that ends at its own colon."""
+    assert judges.parse_spec(spec) == parts
 
 
 @pytest.mark.parametrize("spec, message", [
@@ -179,7 +234,7 @@ def test_a_judge_that_cannot_be_used_says_why_in_one_line(tmp_path, monkeypatch,
         "flat = lambda p, c: [1.0, 2.0]\nnumber = 3\n"
         "short = lambda p, c: [[1.0], [1.0]]\nfewer = lambda p, c: [[1.0, 2.0]]\n"
         "words = lambda p, c: [['good'] * len(t) for t in c]\n"
-        "def later(p, c):\n    yield from [[1.0, 2.0], [1.0, 2.0]]\n")
+        "def later(p, c):\n    yield from [1.0, 2.0]\n")
     with pytest.raises(ValueError, match=message) as error:
         load_judge(spec)(MESSAGES[:2], [["a", "b"], ["c", "d"]])
     assert "\n" not in str(error.value)
@@ -220,16 +275,88 @@ def test_dataclasses_and_pickle_work_in_a_judge(make_judge):
     assert load_judge(spec)(MESSAGES[:1], CANDIDATES[:1]) == LENGTHS[:1]
 
 
-def test_a_judge_leaves_the_process_as_it_was(make_judge, tmp_path):
+# What a judge does, and what the run would see of it.
+CHANGES = [
+    ("os.chdir('/')", "os.getcwd()"), ("sys.path.clear()", "len(sys.path)"),
+    ("sys.stdout = io.StringIO()", "id(sys.stdout)"), ("sys.stderr = None", "id(sys.stderr)"),
+    ("contextlib.redirect_stdout(io.StringIO()).__enter__()", "id(sys.stdout)"),
+    ("os.environ['SELM_TEST'] = '1'", "os.environ.get('SELM_TEST')"),
+    ("os.environ.pop('PATH', None)", "os.environ.get('PATH')"),
+    ("warnings.simplefilter('error')", "warnings.filters[:]"),
+    ("signal.signal(signal.SIGINT, signal.SIG_IGN)", "signal.getsignal(signal.SIGINT)"),
+    ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", "signal.getsignal(signal.SIGTERM)"),
+    ("random.seed(0)", "random.getstate()"), ("random.random()", "random.getstate()"),
+    ("numpy.random.seed(0)", "numpy.random.get_state()[1].tolist()"),
+    ("numpy.seterr(all='raise')", "numpy.geterr()"),
+    ("torch.manual_seed(0)", "torch.get_rng_state().tolist()"),
+    ("torch.rand(1)", "torch.get_rng_state().tolist()"),
+    ("torch.set_grad_enabled(False)", "torch.is_grad_enabled()"),
+    ("torch.no_grad().__enter__()", "torch.is_grad_enabled()"),
+    ("keep.append(torch.inference_mode()); keep[-1].__enter__()",
+     "torch.is_inference_mode_enabled()"),
+    ("torch.set_default_dtype(torch.float64)", "torch.zeros(1).dtype"),
+    ("torch.set_default_device('meta')", "torch.zeros(1).device"),
+    ("torch.device('meta').__enter__()", "torch.zeros(1).device"),
+    ("torch.set_default_device('meta'); torch.device('meta').__enter__()", "torch.zeros(1).device"),
+    ("torch.set_num_threads(torch.get_num_threads() + 1)", "torch.get_num_threads()"),
+    ("torch.autograd.set_detect_anomaly(True)", "torch.is_anomaly_enabled()"),
+    ("torch.use_deterministic_algorithms(True)", "torch.are_deterministic_algorithms_enabled()"),
+    ("torch.use_deterministic_algorithms(True, warn_only=True)",
+     "torch.is_deterministic_algorithms_warn_only_enabled()"),
+    ("torch.autocast('cpu', torch.bfloat16).__enter__()", "(ones @ ones).dtype"),
+    ("torch.autocast('cpu', torch.float16).__enter__()", "torch.get_autocast_dtype('cpu')"),
+    ("torch.autocast('cpu', torch.float16).__enter__()", "torch.autocast_increment_nesting() - "
+     "torch.autocast_decrement_nesting(), torch.autocast_decrement_nesting(), "
+     "torch.autocast_increment_nesting()"),
+    ("torch.set_autocast_enabled('cuda', True)", "torch.is_autocast_enabled('cuda')"),
+    ("torch.set_float32_matmul_precision('medium')", "torch.get_float32_matmul_precision()"),
+    ("torch.backends.fp32_precision = 'tf32'", "torch.backends.cuda.matmul.fp32_precision"),
+    ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+     "torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision"),
+    ("torch.backends.cuda.matmul.allow_tf32 = True", "torch.backends.cuda.matmul.allow_tf32"),
+    ("torch.backends.cudnn.allow_tf32 = False", "torch.backends.cudnn.allow_tf32"),
+    ("torch.backends.cudnn.deterministic = True", "torch.backends.cudnn.deterministic"),
+    ("torch.backends.cudnn.benchmark = True", "torch.backends.cudnn.benchmark"),
+    ("torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False",
+     "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction"),
+    ("torch.backends.cuda.enable_flash_sdp(False)", "torch.backends.cuda.flash_sdp_enabled()")]
+IMPORTS = "import contextlib, io, numpy, os, random, signal, sys, torch, warnings\nkeep = []\n"
+
+
+@pytest.mark.parametrize("change, look", CHANGES)
+@pytest.mark.parametrize("end", ["return", "yield from"])
+def test_a_judge_leaves_the_process_as_it_was(make_judge, change, look, end):
     """Catches relative paths of the run that move with a judge's chdir, training without gradients,
-    and numbers in the judge's dtype."""
-    reckless = ("os.chdir({!r}); torch.set_grad_enabled(False); "
-                "torch.set_default_dtype(torch.float64); sys.path.clear()").format(str(tmp_path))
-    judge, here, path = make_judge(f"    {reckless}\n{BY_LENGTH}",
-                                   f"import os, sys, torch\n{reckless}"), os.getcwd(), sys.path[:]
-    assert load_judge(judge)(MESSAGES, CANDIDATES) == LENGTHS
-    assert (os.getcwd(), sys.path) == (here, path)
-    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    log-probs in the judge's dtype, autocast or matmul precision, seeds that a judge resets."""
+    names = {"ones": torch.ones(2, 2)}
+    exec(IMPORTS, names)
+    before = eval(look, names)
+    judge = load_judge(make_judge(f"    {change}\n{BY_LENGTH.replace('return', end)}",
+                                  IMPORTS + change))
+    assert eval(look, names) == before, "importing it"
+    for _ in range(2):
+        assert judge(MESSAGES, CANDIDATES) == LENGTHS
+        assert eval(look, names) == before, "calling it"
+    with pytest.raises(ValueError, match="No"):
+        load_judge(make_judge("    raise ValueError('No')\n", IMPORTS + change))(
+            MESSAGES, CANDIDATES)
+    assert eval(look, names) == before, "an error of its own"
+
+
+def test_what_a_judge_sets_when_it_is_imported_holds_when_it_is_called(make_judge):
+    """Catches a key of a .env file that is gone, a seed that is not the judge's own, and tensors on
+    another device than its model: what the run must not see is the judge's all the same."""
+    spec = make_judge(
+        "    assert os.environ['SELM_TEST'] == 'key' and torch.zeros(1).device.type == 'meta'\n"
+        "    assert 'neighbours' in sys.path and os.getcwd() == '/'\n"
+        "    return [[random.random() for _ in texts] for texts in candidates]\n",
+        IMPORTS + "os.environ['SELM_TEST'] = 'key'; torch.set_default_device('meta')\n"
+        "sys.path.append('neighbours'); os.chdir('/'); random.seed(5)")
+    judge, drawn = load_judge(spec), random.Random(5)
+    for _ in range(2):
+        random.seed(7)  # of the run
+        assert judge(MESSAGES[:1], [["a", "b"]]) == [[drawn.random(), drawn.random()]]
+    assert random.random() == random.Random(7).random()
 
 
 def test_a_judge_that_was_edited_within_the_second_is_read_anew(make_judge):
@@ -326,6 +453,162 @@ def test_scores_are_on_disk_before_the_next_call(make_judge, tmp_path, monkeypat
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
     assert done.returncode == 7 and [row["prompt_id"] for row in lines(kept)] == [
         str(b) for b in range(64)]
+
+
+# --- Judges that cost money -------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    """Speaks as much of OpenAI's protocol as a judge needs: scores are lengths. -> asked, the
+    prompts in the order of their answers; fails(prompt), an HTTP status or None, may be replaced;
+    url."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            question = json.loads(body["messages"][0]["content"].split("\n", 1)[1])
+            prompt = question["conversation"][0]["content"]
+            status = self.server.fails(prompt)
+            if status is None:
+                self.server.asked.append(prompt)
+            reply = json.dumps([len(text) for text in question["answers"]])
+            reply = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m",
+                                "choices": [{"index": 0, "finish_reason": "stop", "message": {
+                                    "role": "assistant", "content": reply}}]}).encode()
+            self.send_response(status or 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(reply)))
+            self.send_header("retry-after-ms", "1")
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked, server.fails = [], lambda prompt: None
+        server.url = f"http://127.0.0.1:{server.server_port}/v1"
+        thread = threading.Thread(target=server.serve_forever, args=[0.01], daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+BY_URLLIB = r'''
+import json, urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+def ask(prompt, texts):
+    try:
+        task = "Rate:\n" + json.dumps({"conversation": prompt, "answers": texts})
+        body = json.dumps({"messages": [{"role": "user", "content": task}]}).encode()
+        open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        with open_url(urllib.request.Request(URL, body), timeout=10) as reply:
+            return json.loads(json.load(reply)["choices"][0]["message"]["content"])
+    except OSError as error:
+        return error
+
+def judge(prompts, candidates):
+    with ThreadPoolExecutor(4) as pool:
+        yield from pool.map(ask, prompts, candidates)
+
+def one_by_one(prompts, candidates):  # raises what it meets
+    for prompt, texts in zip(prompts, candidates):
+        scores = ask(prompt, texts)
+        if isinstance(scores, OSError):
+            raise scores
+        yield scores
+
+judge.prompts_a_call = 36
+'''
+MANY = [[user(f"Question {i}?") for i in range(40)], [["a" * i, "b" * 3] for i in range(5, 45)],
+        [f"p{i}" for i in range(40)]]
+
+
+@pytest.mark.parametrize("function, faults", [
+    ("judge", [(7, 429), (7, 500)]), ("one_by_one", [(0, 429), (35, 500), (39, 503)])])
+def test_an_answer_that_was_paid_for_is_never_asked_for_again(server, tmp_path, function, faults):
+    """Catches 36 answers of a call that are lost, and paid for again, because of one 429 among
+    them; also where it is the last of a call, and where the server fails again and again."""
+    path, kept = tmp_path / "judge.py", tmp_path / "scores.jsonl"
+    path.write_text(BY_URLLIB.replace("URL", repr(f"{server.url}/chat/completions"), 1))
+    assert "Request('http" in path.read_text()
+    judge = load_judge(f"{path}:{function}")
+    for broken, status in faults:
+        server.fails = lambda prompt: status if prompt == f"Question {broken}?" else None
+        with pytest.raises(ValueError, match=f"prompt_id p{broken}: .*HTTP Error {status}"):
+            judge(*MANY, kept)
+        assert len(set(server.asked)) == len(server.asked) >= broken
+    server.fails = lambda prompt: None
+    assert judge(*MANY, kept) == [[float(i), 3.0] for i in range(5, 45)]
+    assert sorted(server.asked) == sorted(prompt[0]["content"] for prompt in MANY[0])
+
+
+def test_the_example_of_a_judge_over_http_survives_a_server_that_fails(
+        server, tmp_path, monkeypatch):
+    """Catches an example that does not run: examples/judge_http.py by the real client, whose
+    retries take the faults that pass, and whose last word on one prompt loses no other."""
+    pytest.importorskip("openai", reason="pip install openai to try examples/judge_http.py")
+    for name, value in (("OPENAI_API_KEY", "none"), ("OPENAI_BASE_URL", server.url),
+                        ("JUDGE_MODEL", "m"), ("NO_PROXY", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    met = Counter()
+
+    def fails(prompt):
+        met[prompt] += 1
+        if prompt == "Question 7?":
+            return 400
+        return {0: 429, 1: 500}.get(met[prompt] - 1) if prompt.endswith("3?") else None
+    server.fails = fails
+    judge, kept = load_judge(f"{ROOT}/examples/judge_http.py:judge"), tmp_path / "scores.jsonl"
+    with pytest.raises(ValueError, match="prompt_id p7: .*BadRequest"):
+        judge(*MANY, kept)
+    assert met["Question 3?"] == 3 and met["Question 7?"] == 1 and len(server.asked) == 39
+    server.fails = lambda prompt: None
+    assert judge(*MANY, kept) == [[float(i), 3.0] for i in range(5, 45)]
+    assert len(set(server.asked)) == len(server.asked) == 40
+
+
+@pytest.mark.parametrize("body, words", [
+    ("    yield from [[1, 2, 3]] * (len(prompts) - 1)\n", "2 lists for 3 prompts"),
+    ("    while True: yield [1, 2, 3]\n", "4 lists for 3 prompts"),
+    ("    return map(lambda texts: [1, 2, 3], candidates[1:])\n", "2 lists for 3 prompts")])
+def test_of_a_generator_that_leaves_out_a_prompt_nothing_is_kept(make_judge, body, words, tmp_path):
+    """Catches scores that were kept as they came for the prompt before theirs, and that the mended
+    judge is not asked for."""
+    kept = tmp_path / "scores"
+    with pytest.raises(ValueError, match=f"prompt_id a to c: .*{words}"):
+        load_judge(make_judge(body))(MESSAGES, CANDIDATES, "abc", kept)
+    assert load_judge(make_judge())(MESSAGES, CANDIDATES, "abc", kept) == LENGTHS
+
+
+def test_a_generators_scores_are_on_disk_before_its_next_step(make_judge, tmp_path):
+    """Catches paid answers that are lost when the process is killed in the middle of a call."""
+    kept = tmp_path / "scores"
+    spec = make_judge("    for number, texts in enumerate(candidates):\n"
+                      f"        path = pathlib.Path({str(kept)!r})\n"
+                      "        lines = path.read_text().split() if path.exists() else []\n"
+                      "        assert sum('question' in line for line in lines) == number\n"
+                      "        yield [len(text) for text in texts]\n", "import pathlib")
+    assert load_judge(spec)(MESSAGES, CANDIDATES, "abc", kept) == LENGTHS
+
+
+def test_a_function_says_how_many_prompts_a_call_it_takes(make_judge, tmp_path):
+    """Catches a limit that only the source code could set, and one that is no number of prompts."""
+    text = "calls = []\n"
+    spec = make_judge("    calls.append(len(prompts))\n" + BY_LENGTH, text)
+    path = tmp_path / "judge.py"
+    source = path.read_text()
+    for limit, calls in ((1, [1, 1, 1]), (2, [2, 1]), (500, [3])):
+        path.write_text(f"{source}judge.prompts_a_call = {limit}\n")
+        judge = load_judge(spec)
+        assert judge(MESSAGES, CANDIDATES) == LENGTHS
+        assert judge.score.function.__globals__["calls"] == calls
+    for limit in ("0", "-1", "True", "2.0", "'8'", "None"):
+        path.write_text(f"{source}judge.prompts_a_call = {limit}\n")
+        with pytest.raises(ValueError, match="prompts_a_call is .* at least 1"):
+            load_judge(spec)
 
 
 # --- The call before the run ------------------------------------------------------------------
@@ -500,6 +783,79 @@ def test_what_is_not_a_reward_model_is_refused_in_one_line(tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
     refused(folder, "no .safetensors file")
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_reward_model_that_is_not_whole_is_refused_with_a_remedy(tmp_path):
+    """Catches weights that are left out in silence (a gating head beside the score, layers that the
+    config does not count), an adapter that is taken for a model, git-LFS pointers, and advice that
+    does not help."""
+    from safetensors.torch import load_file, save_file
+    folder = tmp_path / "model"
+    save_reward_model(folder)
+    weights, config = load_file(folder / "model.safetensors"), (folder / "config.json").read_text()
+
+    def refused(*words):
+        with pytest.raises(ValueError) as error:
+            load_judge(f"reward:{folder}")
+        assert all(word in str(error.value) for word in words) and str(error.value).isprintable()
+    change_json(folder / "config.json", num_hidden_layers=1)
+    refused("no place", "layers.1.", "FILE.py:FUNCTION")
+    (folder / "config.json").write_text(config)
+    save_file(weights | {"gating.0.weight": torch.ones(3)}, folder / "model.safetensors")
+    refused("no place", "gating.0.weight", "FILE.py:FUNCTION")
+    save_file(weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+              folder / "model.safetensors")
+    load_judge(f"reward:{folder}")
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+        refused(name, "git lfs pull")
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        refused(name, "no regular file")
+        (folder / name).unlink()
+        (folder / name).write_bytes(content)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
+    refused("LoRA adapter", "merge")
+    save_reward_model(tmp_path / "many", labels=19)
+    folder = tmp_path / "many"
+    refused("19 outputs", "FILE.py:FUNCTION", "picks one")
+
+
+@pytest.mark.parametrize("architecture, named, positions, limit", [
+    ("llama", None, 64, 64), ("llama", 40, 64, 64), ("llama", 64, 64, 64), ("llama", 90, 64, 90),
+    ("gpt2", 40, 64, 40), ("gpt2", 90, 64, 64), ("gpt2", None, 64, 64)])
+def test_a_reward_model_reads_as_much_as_it_can_and_says_what_it_cuts(
+        architecture, named, positions, limit, tmp_path, capsys):
+    """Catches conversations that are cut, without a word, at a number in the tokenizer's files that
+    is smaller than the model's context; an index beyond a table of positions."""
+    from transformers import AutoModelForSequenceClassification, GPT2Config
+    folder = tmp_path / "model"
+    save_reward_model(folder)
+    if architecture == "gpt2":
+        AutoModelForSequenceClassification.from_config(GPT2Config(
+            vocab_size=384, n_positions=positions, n_embd=16, n_layer=1, n_head=2, num_labels=1,
+            pad_token_id=0)).save_pretrained(folder)
+    if named:
+        change_json(folder / "tokenizer_config.json", model_max_length=named)
+    judge = load_judge(f"reward:{folder}")
+    told = capsys.readouterr().out
+    assert (f"says at most {named} tokens, its config {positions}; {limit} is used" in told) == (
+        named not in (None, positions)), told
+    ids = judge.score.__self__.ids
+    texts = ["a" * n for n in (1, 150)]
+    assert len(ids(MESSAGES[0], texts[0])) <= limit < len(ids(MESSAGES[0], texts[1]))
+    assert len(judge.score.__self__.row(MESSAGES[0], texts[1])) == limit
+    judge.score.__self__.report(), capsys.readouterr()
+    judge.check(user("long " * 100))  # is asked, not judged
+    judge(MESSAGES[:1], [texts])
+    assert f"1 of 2 conversations have more than its {limit} tokens" in capsys.readouterr().out
+    judge(MESSAGES[:1], [texts[:1]])
+    assert "conversations" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["AutoModelForSequenceClassification", "AutoTokenizer"])
@@ -764,6 +1120,34 @@ def test_ctrl_c_and_a_judge_that_exits_end_in_one_line_and_no_success(make_judge
         (message,) = [line for line in lines if line and "judge: " not in line]
         assert done.returncode == code and words in message, done.stderr
         assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("fault, code", [("", 0), ("raise ValueError('no')", 1),
+                                         ("raise KeyboardInterrupt", 130)])
+def test_a_thread_that_never_ends_keeps_no_command_alive(fault, code):
+    """Catches a finished run that hangs for ever on a judge's thread, and output that is lost or an
+    exit code that changes because it does not wait. A thread that ends is waited for."""
+    script = ("import threading, time\nfrom harness import ends\nends.LEAVE_AFTER = 0.2\n"
+              "def main():\n"
+              "    threading.Thread(target=time.sleep, args=[20], name='poller').start()\n"
+              f"    print('all is done')\n    {fault}\nends.run(main)")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                          timeout=10)
+    assert (done.returncode, done.stdout) == (code, "all is done\n")
+    assert "thread that does not end: poller" in done.stderr
+    script = script.replace("20]", "0.1]").replace("0.2", "5")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and "thread" not in done.stderr
+
+
+def test_an_input_that_is_a_pipe_is_refused(rank, tmp_path):
+    """Catches a command that waits for ever."""
+    (tmp_path / "in.jsonl").unlink()
+    os.mkfifo(tmp_path / "in.jsonl")
+    assert "no regular file" in rank("nobody.py:calls")
+    os.mkfifo(tmp_path / "judge.py")
+    with pytest.raises(ValueError, match="no file"):
+        load_judge(f"{tmp_path}/judge.py:f")
 
 
 def test_a_human_without_a_terminal_ends_in_one_line_and_no_success(tmp_path):

@@ -878,6 +878,20 @@ def test_a_row_that_a_template_or_a_judge_refuses_is_named_before_sampling(comma
     train_loop.main([*command, "--skip-bad-rows", "--iterations", "1"])
 
 
+@pytest.mark.parametrize("name, answer", [("rejected", " "), ("chosen", "<think>Hm.</think>\n")])
+def test_data_whose_answers_are_all_empty_are_refused_before_sampling(
+        name, answer, command, tmp_path):
+    """All rows dropped after hours of sampling, and nothing to train on; also where an answer is a
+    thought alone. One good row in each iteration is enough for a run."""
+    preferences = rows(tmp_path / "p.jsonl")
+    for row in preferences:
+        row[name][-1]["content"] = answer
+    write_jsonl(tmp_path / "p.jsonl", preferences)
+    with pytest.raises(ValueError, match="p.jsonl: in iteration 1 every row has an empty answer"):
+        train_loop.main(command)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_tokenizer_of_another_model_is_refused(command, tmp_path):
     """Token ids beyond the embedding: an index error deep inside, or on CUDA a dead process."""
     config = json.loads((tmp_path / "model/config.json").read_text())

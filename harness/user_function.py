@@ -1,0 +1,250 @@
+"""A judge of the user's: a function of a Python file, which leaves the process as it was.
+
+A judge's file may change what all of a process shares (torch's default dtype, an autocast, a seed,
+the working directory, ...). The run must not notice: its log-probs would move without a word. And
+what the file sets when it is imported (a key in os.environ, a seed) must hold when the function is
+called. So both have a state of their own, and `UserFunction.room` swaps them: STATE says what.
+
+Test: pytest tests/test_judges.py.
+"""
+
+import contextlib
+import os
+import pickle
+import random
+import signal
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+import torch
+from torch import backends
+from torch.utils import _device
+
+PROMPTS_A_CALL = 64
+END = object()
+
+
+class UserFunction:
+    """The function `name` of the Python file `path`, run in a room of its own.
+
+    Inside, its folder is where `import` looks first, also for a data.py or model.py, which are
+    names of our files too. Afterwards everything in STATE is what it was, whatever the judge did.
+    """
+
+    def __init__(self, path, name):
+        self.path = Path(path).resolve()
+        if not self.path.is_file():
+            raise ValueError(f"no file {path}")
+        folder, self.names = self.path.parent, {self.path.stem}  # what `import` finds here
+        if not any(Path(place).resolve() == folder for place in sys.path):  # there: as for us
+            self.names |= {file.stem for file in folder.glob("*.py")}
+            self.names |= {file.parent.name for file in folder.glob("*/__init__.py")}
+        # In sys.modules under its own name, or dataclasses and pickle would not find its classes.
+        module = types.ModuleType(self.path.stem)
+        module.__file__ = str(self.path)
+        self.modules = {module.__name__: module}
+        self.state = {"sys.path": [str(folder), *sys.path]}  # what the judge's differs in
+        try:
+            with self.room():  # compiled here: a .pyc of the same second could be an older version
+                exec(compile(self.path.read_bytes(), str(self.path), "exec"), vars(module))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise ValueError(f"importing {path} failed, {explain(error, self.path)}") from error
+        self.function = getattr(module, name, None)
+        if not callable(self.function):
+            raise ValueError(f"{path} has no function {name}")
+        self.prompts_a_call = getattr(self.function, "prompts_a_call", PROMPTS_A_CALL)
+        if type(self.prompts_a_call) is not int or self.prompts_a_call < 1:
+            raise ValueError(f"{name}.prompts_a_call is {self.prompts_a_call!r:.80}; it must be a "
+                             "whole number, at least 1")
+
+    def __call__(self, prompts, candidates):
+        with self.room():
+            scores = self.function(prompts, candidates)
+        return self._each(scores) if isinstance(scores, Iterator) else scores
+
+    def _each(self, scores):
+        """A generator's code runs when its next row is asked for: in the room as well."""
+        while True:
+            with self.room():
+                row = next(scores, END)
+            if row is END:
+                return
+            yield row
+
+    @contextlib.contextmanager
+    def room(self):
+        own = lambda: [name for name in sys.modules if name.partition(".")[0] in self.names]
+        hidden = {name: sys.modules.pop(name) for name in own()}
+        sys.modules.update(self.modules)
+        ours = read_state()
+        try:
+            # These two are undone by their end, also if the judge enters another and stays in it.
+            with torch.inference_mode(False), torch.enable_grad():
+                write_state(self.state)
+                entered = ours | self.state
+                try:
+                    yield
+                finally:
+                    self.state |= {name: value for name, value in read_state().items()
+                                   if value != entered[name]}
+        finally:
+            write_state(ours)
+            self.modules = {name: sys.modules.pop(name) for name in own()}
+            sys.modules.update(hidden)
+
+
+def explain(error, file=None):
+    """An exception as text, with the line of the user's `file` where it arose."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == str(file)]
+    where = f" ({Path(file).name}, line {lines[-1]})" if lines else ""
+    text = "".join(traceback.format_exception_only(error)).removeprefix("ValueError: ").strip()
+    return f"{text:.500}{where}"
+
+
+# ----------------------------------------------------------------------------------------------
+# What a process has only one of
+# ----------------------------------------------------------------------------------------------
+
+
+def read_state():
+    return {name: read() for name, (read, _) in STATE.items()}
+
+
+def write_state(wanted):
+    """Only what differs, for a write may have effects of its own. It is read anew each time: one
+    setting of torch's can move another."""
+    for name, value in wanted.items():
+        read, write = STATE[name]
+        if read() != value:
+            write(value)
+
+
+def attribute(owner, name):
+    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+def handler(number):
+    return lambda: signal.getsignal(number), lambda value: (
+        value is not None and signal.signal(number, value))  # None: set from C
+
+
+def autocast(device):
+    def write(value):
+        torch.set_autocast_enabled(device, value[0])
+        torch.set_autocast_dtype(device, value[1])
+    return lambda: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)), write
+
+
+def autocasts_entered():
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def leave_autocasts(depth):
+    """Trap: only the outermost autocast empties the cache of cast weights when it ends. Within one
+    that the judge has left open, the run would go on with the weights of an earlier update."""
+    while autocasts_entered() > depth:
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+
+
+def default_device():
+    """None where there is none. `with torch.device(...)` sets one as well, of which only the stack
+    of modes knows."""
+    stack = [torch._C._get_function_stack_at(i)
+             for i in range(torch._C._len_torch_function_stack())]
+    return next((m.device for m in reversed(stack) if isinstance(m, _device.DeviceContext)), None)
+
+
+def set_default_device(device):
+    modes = [torch._C._pop_torch_function_stack()
+             for _ in range(torch._C._len_torch_function_stack())]
+    for mode in reversed(modes):
+        if not isinstance(mode, _device.DeviceContext):
+            torch._C._push_on_torch_function_stack(mode)
+    _device.CURRENT_DEVICE = torch._GLOBAL_DEVICE_CONTEXT.device_context = None
+    if device is not None:
+        torch.set_default_device(device)
+
+
+def old_flag(read, write):
+    """One of torch's older flags, which cannot be read (None here) while newer ones contradict it:
+    the fp32_precision of each backend, in STATE as well."""
+    def read_if_possible():
+        try:
+            return read()
+        except RuntimeError:
+            return None
+    return read_if_possible, lambda value: value is not None and write(value)
+
+
+def set_environment(wanted):
+    for name in set(os.environ) - set(wanted):
+        del os.environ[name]
+    os.environ.update(wanted)
+
+
+def set_warnings(filters):
+    warnings.resetwarnings()  # forgets what was already shown, too
+    warnings.filters.extend(filters)
+
+
+def set_deterministic(value):
+    torch.use_deterministic_algorithms(value[0], warn_only=value[1])
+
+
+# name -> (read it, write it)
+STATE = {
+    "sys.path": (lambda: sys.path[:], lambda value: sys.path.__setitem__(slice(None), value)),
+    "working directory": (os.getcwd, os.chdir),
+    "environment": (lambda: dict(os.environ), set_environment),
+    "stdin": attribute(sys, "stdin"),
+    "stdout": attribute(sys, "stdout"),
+    "stderr": attribute(sys, "stderr"),
+    "warnings": (lambda: warnings.filters[:], set_warnings),
+    "Ctrl-C": handler(signal.SIGINT),
+    "SIGTERM": handler(signal.SIGTERM),
+    "seed of random": (random.getstate, random.setstate),
+    "seed of numpy": (lambda: pickle.dumps(numpy.random.get_state()),
+                      lambda value: numpy.random.set_state(pickle.loads(value))),
+    "seed of torch": (lambda: torch.get_rng_state().numpy().tobytes(), lambda value: (
+        torch.set_rng_state(torch.frombuffer(bytearray(value), dtype=torch.uint8)))),
+    "numpy's errors": (numpy.geterr, lambda value: numpy.seterr(**value)),
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "default device": (default_device, set_default_device),
+    "threads": (torch.get_num_threads, torch.set_num_threads),
+    "anomaly mode": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    "deterministic": (lambda: (torch.are_deterministic_algorithms_enabled(),
+                               torch.is_deterministic_algorithms_warn_only_enabled()),
+                      set_deterministic),
+    "autocasts entered": (autocasts_entered, leave_autocasts),
+    "autocast on the CPU": autocast("cpu"),
+    "autocast on a GPU": autocast("cuda"),
+    "autocast's cache": (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    "matmul precision": old_flag(torch.get_float32_matmul_precision,
+                                 torch.set_float32_matmul_precision),
+    "cudnn's TF32": old_flag(*attribute(backends.cudnn, "allow_tf32")),
+} | {  # the general ones first, for a backend's own can be no more than a copy of them
+    f"fp32 precision, {number}": attribute(owner, "fp32_precision") for number, owner in enumerate((
+        backends, backends.cudnn, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn,
+        backends.mkldnn, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn))
+} | {
+    f"sums in {kind}": attribute(
+        backends.cuda.matmul, f"allow_{kind}_reduced_precision_reduction")
+    for kind in ("fp16", "bf16")
+} | {
+    f"cudnn.{name}": attribute(backends.cudnn, name)
+    for name in ("enabled", "benchmark", "deterministic")
+} | {
+    f"{kind} attention": (getattr(backends.cuda, f"{kind}_sdp_enabled"),
+                          getattr(backends.cuda, f"enable_{kind}_sdp"))
+    for kind in ("flash", "mem_efficient", "math", "cudnn")
+}
