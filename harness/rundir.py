@@ -59,7 +59,8 @@ OURS = re.compile(rf"""(?:seed_\d+/)?(?:baseline/)?(?:
 OUR_FOLDERS = re.compile(
     r"(?:(?:start|world|base|start_policy|figures|tensorboard|wandb|baseline|seed_\d+|iter_\d+|"
     r"policy|state|\d+)(?:\.tmp|\.unfinished)?(?:/|$))+")
-EVALUATED = re.compile(r"/(answers|answers_at_temperature_1|eval|duels|true)\.jsonl$")  # the files of an evaluation
+# The files of an evaluation.
+EVALUATED = re.compile(r"/(answers|answers_at_temperature_1|eval|duels|true)\.jsonl$")
 # What a judge's scores are in: of the pairs to train on, of an evaluation.
 JUDGES = "judge", "judge of the evaluation"
 RANKED, SCORED = re.compile(r"/pairs\.jsonl$"), re.compile(r"/(eval|duels)\.jsonl$")
@@ -576,26 +577,7 @@ def claim(folder, settings, made_from):
     settings = {name: value if isinstance(value, (int, float, str, type(None))) else str(value)
                 for name, value in settings.items()}
     if is_there(path):
-        known = read_record(path)
-        if not all(isinstance(known.get(part), dict) for part in ("made_from", "settings")):
-            raise ValueError(f"{folder} holds a {CONFIG} that is not a run's; give another "
-                             "--run-dir")
-        for name, record in ((CONFIG, known), (FINISHED, record_of(folder))):
-            heal(folder / name, record)
-        changed = [f"{name} was {known['settings'].get(name)}, is {value}"
-                   for name, value in settings.items()
-                   if name not in NO_DIFFERENCE and known["settings"].get(name) != value]
-        judges = [name for name, value in made_from.items()
-                  if known["made_from"].get(name) != value]
-        changed += [_difference(name, known["made_from"].get(name), made_from[name])
-                    for name in judges]
-        only_judges = len(judges) == len(changed) and set(judges) <= set(JUDGES)
-        if changed and not (only_judges and may_change_its_judge(folder)):
-            raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); "
-                             "give another --run-dir, or --fresh to delete it")
-        for run in runs_in(folder) if changed else ():
-            judge_again(run, {name: made_from[name] for name in judges}, {
-                name: settings[name] for name in ("ranker", "eval_ranker") if name in settings})
+        go_on(folder, settings, made_from)
         return
     found = run_files(folder)
     if found:
@@ -607,6 +589,29 @@ def claim(folder, settings, made_from):
         "settings": settings, "made_from": made_from, "command": sys.argv,
         "git_revision": git_revision(), "torch": torch.__version__,
         "transformers": transformers.__version__, "processes": PROCESSES})
+
+
+def go_on(folder, settings, made_from):
+    """Recognises the run in the folder. ValueError with what has changed, but for a judge that has
+    failed and was mended."""
+    known = read_record(folder / CONFIG)
+    if not all(isinstance(known.get(part), dict) for part in ("made_from", "settings")):
+        raise ValueError(f"{folder} holds a {CONFIG} that is not a run's; give another --run-dir")
+    for name, record in ((CONFIG, known), (FINISHED, record_of(folder))):
+        heal(folder / name, record)
+    changed = [f"{name} was {known['settings'].get(name)}, is {value}"
+               for name, value in settings.items()
+               if name not in NO_DIFFERENCE and known["settings"].get(name) != value]
+    sources = {name: value for name, value in made_from.items()
+               if known["made_from"].get(name) != value}
+    only_judges = not changed and set(sources) <= set(JUDGES)
+    changed += [_difference(name, known["made_from"].get(name), value)
+                for name, value in sources.items()]
+    if changed and not (only_judges and may_change_its_judge(folder)):
+        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); "
+                         "give another --run-dir, or --fresh to delete it")
+    for run in runs_in(folder) if changed else ():
+        judge_again(run, sources, settings)
 
 
 def heal(path, record):
@@ -649,8 +654,9 @@ def judge_again(folder, sources, settings):
             "failed; samples are kept, what it has scored is scored again, and what then differs "
             "is made again (pairs, reference, policies, evaluations)")
         write_record(folder / FINISHED, finished | again)
+    named = {name: settings[name] for name in ("ranker", "eval_ranker") if name in settings}
     write_record(folder / CONFIG, config | {
-        "made_from": config["made_from"] | sources, "settings": config["settings"] | settings})
+        "made_from": config["made_from"] | sources, "settings": config["settings"] | named})
 
 
 def runs_in(folder):

@@ -249,12 +249,11 @@ def save_checkpoint(folder, policy, optimizer, history):
         try:
             if failure:
                 raise OSError(failure)
-            sums = {}
-            for file in sorted(temporary.iterdir()):
+            for file in temporary.iterdir():
                 safe_open(file, "pt")  # the writer may swallow an error: a cut file fails here
-                sums[file.name] = checksum(file)
-            (temporary / "history.json").write_text(json.dumps(
-                seal({"files": sums, "history": history})))
+            sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
+            whole = seal({"files": sums, "history": history})
+            (temporary / "history.json").write_text(json.dumps(whole))
             for file in temporary.iterdir():
                 flush(file)
             os.replace(temporary, folder)
