@@ -155,7 +155,8 @@ MUTANTS = [
      "layers * (not whole)", "layers", "tests/test_plan.py"
      "::test_the_plan_for_offload_is_what_the_device_holds_within_15_percent"),
     ("a damaged file of an evaluation voids what was trained after it", "harness/rundir.py",
-     "return not EVALUATED.search(name) or EVALUATED.search(other)", "return True",
+     "return other != METRICS and (not kinds or bool(kinds[0].search(other)))",
+     "return other != METRICS",
      "tests/test_rundir.py"),
     ("all of a checkpoint is in memory once more while it is written", "harness/scale.py",
      "1 + size // FILE", "1", "tests/test_scale.py"),

@@ -49,7 +49,7 @@ def write(runs, path, figures):
 def summaries(folder):
     """The lines of all iterations, warnings among them."""
     return [line.strip() for k in sorted({row["iteration"] for row in
-                                          report.rows_of(folder, "train")})
+                                          report.rows_of(folder, "rank")})
             for line in report.summary(folder, k)]
 
 

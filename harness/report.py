@@ -209,7 +209,7 @@ def write(runs, path, figures):
     text += ["## Each iteration", ""]
     for name, folder in runs:
         text += [f"**{name}**, `{folder}`", ""]
-        for row in sorted({row["iteration"] for row in rows_of(folder, "train")}):
+        for row in sorted({row["iteration"] for row in rows_of(folder, "rank")}):
             text += [f"- {line.strip()}" for line in summary(folder, row)]
         text.append("")
     text += ["## Settings", "", "| | |", "|---|---|"]

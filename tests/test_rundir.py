@@ -488,6 +488,25 @@ def test_records_damaged_on_both_sides_are_one_line_that_deletes_nothing(tmp_pat
         claim(run, {"alpha": 0.1}, {})
 
 
+@pytest.mark.parametrize("text", ["[1]\n", '{"prompt_id": "0"}\n', "\\xe9", ""])
+def test_a_reader_from_outside_draws_no_damaged_file(text, tmp_path):
+    """python -m harness.page on a run with a changed answer: another figure, or a traceback."""
+    path = finished_run(tmp_path) / "iter_1/x.jsonl"
+    assert [row["twice"] for row in rundir.finished_rows(path)] == [0, 2, 4, 6, 8]
+    path.write_text(text)
+    with pytest.raises(ValueError, match="x.jsonl is not what the run wrote there; the command"):
+        rundir.finished_rows(path)
+
+
+@pytest.mark.parametrize("line", ["5", "[]", '{"iteration": 1}', '{"iteration": null, "phase": 1}',
+                                  '{"iteration": 1, "phase": "other"}', "{", "[" * 9999])
+def test_metrics_of_another_shape_are_one_line_without_a_record_too(line, tmp_path):
+    """A traceback for what an editor has left in a run of an earlier version."""
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(LOGGED[0]) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged: .* is no row"):
+        rundir.read_metrics(tmp_path, "eval")
+
+
 def save_policy(path, made=None):
     """Makes a policy's folder as a run does: what is there is replaced."""
     shutil.rmtree(path, ignore_errors=True)
