@@ -119,7 +119,8 @@ def processes_of(session):
 def finished():
     """The names of what a run has finished, in order."""
     record = Path("run/finished.json")
-    return list(json.loads(record.read_text())) if record.exists() else []
+    names = json.loads(record.read_text()) if record.exists() else []
+    return [name for name in names if name != "check"]  # its own digest
 
 
 # ----------------------------------------------------------------------------------------------

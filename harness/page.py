@@ -19,7 +19,8 @@ import jinja2
 from markupsafe import escape
 
 from harness import ends, plots, report
-from harness.rundir import CONFIG, Rows, printable, read_record, write_text
+from harness.rundir import (
+    CONFIG, finished_rows, printable, read_record, settings_of, write_text)
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 BYTES = 6_000_000  # of all texts together
@@ -30,14 +31,15 @@ def write(runs, path, figures):
     """Writes the page of [(arm, folder)]; figures: paths of PNG files. The data shown are those of
     the first seed; the others' are in their folders."""
     config, source = read_record(Path(runs[0][1]) / CONFIG), TEMPLATE.read_text("utf-8")
+    settings = settings_of(runs[0][1])
     [script] = re.findall("<script>(.*?)</script>", source, re.DOTALL)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      finalize=lambda value: printable(str(value)))
     write_text(path, environment.from_string(source).render(
-        settings=config["settings"], command=" ".join(config["command"]),
+        settings=settings, command=" ".join(config["command"]),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         table=report.table_cells(runs), notes=[*report.notes(runs),
-                                               report.judged(config["settings"])],
+                                               report.judged(settings)],
         summaries=[(arm, folder, summaries(folder)) for arm, folder in runs],
         figures=[(Path(f).stem, base64.b64encode(Path(f).read_bytes()).decode()) for f in figures],
         sections=sections([run for run in runs if plots.home_of(run[1]) == runs[0][1]])))
@@ -46,7 +48,7 @@ def write(runs, path, figures):
 def summaries(folder):
     """The lines of all iterations, warnings among them."""
     return [line.strip() for k in sorted({row["iteration"] for row in
-                                          report.rows_of(folder, "train")})
+                                          report.rows_of(folder, "rank")})
             for line in report.summary(folder, k)]
 
 
@@ -62,12 +64,13 @@ def sections(runs):
     found, answers = [], {}
     for arm, folder in runs:
         for k, path in plots.iterations(folder, "eval.jsonl").items():
-            answers["start" if path.parent.name == "start" else f"{arm} {k}"] = Rows(path)
+            answers["start" if path.parent.name == "start" else f"{arm} {k}"] = (
+                finished_rows(path))
         for k, path in plots.iterations(folder, "pairs.jsonl").items():
             found.append({
                 "title": f"{arm}, iteration {k}: candidates", "file": path,
                 "note": "Green: chosen, red: rejected. Scores compare candidates of one prompt.",
-                "total": len(Rows(path)), "rows": candidate_rows(path)})
+                "total": len(finished_rows(path)), "rows": candidate_rows(path)})
     if answers:
         found.insert(0, {
             "title": "Held-out prompts: the answer of every iteration",
@@ -93,8 +96,8 @@ def up_to(size, rows):
 def candidate_rows(path):
     """The rows of a pairs.jsonl, with the reference's log-probs where there are any."""
     reference = path.with_name("reference.jsonl")
-    reference = Rows(reference) if reference.exists() else None
-    for order, row in enumerate(Rows(path)):
+    reference = finished_rows(reference) if reference.exists() else None
+    for order, row in enumerate(finished_rows(path)):
         candidates, scores = row["candidates"], [c.get("score", 0.0) for c in row["candidates"]]
         logps = reference.of(row["prompt_id"])["logps"] if reference else [None] * len(candidates)
         cells = []

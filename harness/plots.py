@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from harness import ends  # noqa: E402
 from harness.evaluate import half_for_ties, mean_interval  # noqa: E402
 from harness.report import EVAL_COLUMNS, judge_of, rows_of  # noqa: E402
-from harness.rundir import CONFIG, METRICS, Rows, read_record  # noqa: E402
+from harness.rundir import METRICS, finished_rows, settings_of  # noqa: E402
 from harness.settings import as_path  # noqa: E402
 
 plt.rcParams["text.parse_math"] = False  # a judge's file may have dollar signs in its name
@@ -66,10 +66,6 @@ def find_runs(run_dir):
 # ----------------------------------------------------------------------------------------------
 
 
-def settings_of(folder):
-    return read_record(Path(folder) / CONFIG)["settings"]
-
-
 def home_of(folder):
     """The folder of a seed, in which its start is; the baseline is a folder in it."""
     return folder.parent if folder.name == "baseline" else folder
@@ -97,13 +93,14 @@ def scores_by_iteration(runs):
             found.setdefault(whose, {}).setdefault(k, {}).setdefault(arm, []).append(score)
     for arm, folder in runs:
         for k, path in iterations(folder, "eval.jsonl").items():
-            rows = list(Rows(path))
+            rows = list(finished_rows(path))
             add(f"held-out, temperature {heat:g}", k, arm, [row["scores"][2] for row in rows])
             add("held-out, temperature 1", k, arm, [row["score_at_temperature_1"] for row in rows
                                              if "score_at_temperature_1" in row])
     for arm, folder in runs if not found else []:
         for k, path in iterations(folder, "pairs.jsonl").items():
-            add("training samples y", k, arm, [row["candidates"][c]["score"] for row in Rows(path)
+            add("training samples y", k, arm, [row["candidates"][c]["score"]
+                                               for row in finished_rows(path)
                                                for c in row["sampled"]])
     return found
 
@@ -119,7 +116,7 @@ def duel_results(runs):
                 "DPO" if place else arm if folder == home_of(folder) else "SELM", int(k))
         for path in folder.glob("iter_*/duels.jsonl"):
             ours = player(path.parent.relative_to(home_of(folder)).as_posix())
-            for row in Rows(path):
+            for row in finished_rows(path):
                 for name, scores in row["duels"].items():
                     win = half_for_ties(*scores)
                     found.setdefault((ours, player(name)), []).append(win)
@@ -139,8 +136,8 @@ def implicit_differences(runs):
         for k, path in iterations(home, "eval.jsonl").items():
             if k not in theirs or path == theirs[k]:  # the start is everybody's
                 continue
-            dpo = Rows(theirs[k])
-            for row in Rows(path):
+            dpo = finished_rows(theirs[k])
+            for row in finished_rows(path):
                 both = zip(row["policy_logps"], dpo.of(row["prompt_id"])["policy_logps"])
                 for role, (a, b) in zip(("data_chosen", "data_rejected"), both):
                     found.setdefault(k, {}).setdefault(role, []).append(beta * (a - b))

@@ -10,7 +10,8 @@ Test: pytest tests/test_report.py.
 from pathlib import Path
 
 from harness.evaluate import mean_interval
-from harness.rundir import METRICS, read_jsonl, read_record, write_text
+from harness.rundir import (
+    CONFIG, METRICS, finished_rows, read_metrics, read_record, settings_of, write_text)
 
 # name in metrics.jsonl -> heading. The toy's come last: a real run cannot know them.
 EVAL_COLUMNS = {
@@ -30,10 +31,7 @@ NOT_THE_TOYS = ("score", "score_at_temperature_1", "lc_win_rate", "preference_ac
 STUCK = 0.05  # nats: what an answer's log-prob moves by where an iteration has taught nothing
 
 
-def rows_of(folder, phase):
-    """The rows of metrics.jsonl of one phase, "rank", "train" or "eval"; [] without a file."""
-    path = Path(folder) / METRICS
-    return [row for _, row in read_jsonl(path) if row["phase"] == phase] if path.exists() else []
+rows_of = read_metrics  # (folder, phase) -> the rows of metrics.jsonl of one phase
 
 
 # ----------------------------------------------------------------------------------------------
@@ -118,7 +116,7 @@ def standstill(folder, iteration):
     def answers(k):
         path = Path(folder) / f"iter_{k}" / "eval.jsonl"
         return {row["prompt_id"]: (row["response"], row["policy_logps"][2])
-                for _, row in read_jsonl(path)} if path.exists() else {}
+                for row in finished_rows(path)} if path.exists() else {}
     now, old = answers(iteration), answers(iteration - 1)
     moves = [abs(logp - old[prompt_id][1]) for prompt_id, (text, logp) in now.items()
              if prompt_id in old and old[prompt_id][0] == text]
@@ -207,8 +205,7 @@ def cell(rows, column):
 
 def write(runs, path, figures):
     """Writes report.md, returns its table as text."""
-    config = read_record(Path(runs[0][1]) / "config.json")
-    settings = config["settings"]
+    settings, config = settings_of(runs[0][1]), read_record(Path(runs[0][1]) / CONFIG)
     text = [f"# SELM run: {settings['name']}", "",
             f"`{' '.join(config['command'])}`", "", table(runs), ""]
     text += [judged(settings), ""] if table_cells(runs) else []
@@ -216,7 +213,7 @@ def write(runs, path, figures):
     text += ["## Each iteration", ""]
     for name, folder in runs:
         text += [f"**{name}**, `{folder}`", ""]
-        for row in sorted({row["iteration"] for row in rows_of(folder, "train")}):
+        for row in sorted({row["iteration"] for row in rows_of(folder, "rank")}):
             text += [f"- {line.strip()}" for line in summary(folder, row)]
         text.append("")
     text += ["## Settings", "", "| | |", "|---|---|"]

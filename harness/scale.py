@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -28,8 +29,23 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-PROCESS = int(os.environ.get("RANK", 0))  # torchrun's names
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _whole_number(name, default, least):
+    """What torchrun has put into the environment. A line and exit code 1 for anything else: this is
+    read while modules load, where nobody catches an error yet."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,6}", text, re.ASCII) or int(text) < least:
+        sys.exit(f"error: the environment variable {name} is {text!r}; torchrun sets it to a whole "
+                 f"number, at least {least}. Without torchrun, unset it")
+    return int(text)
+
+
+PROCESSES = _whole_number("WORLD_SIZE", 1, 1)
+PROCESS = _whole_number("RANK", 0, 0)
+if PROCESS >= PROCESSES:
+    sys.exit(f"error: the environment variable RANK is {PROCESS}, and WORLD_SIZE {PROCESSES}: RANK "
+             "must be below it. Without torchrun, unset both")
 COMING = timedelta(minutes=5)  # for all processes to be there
 PATIENCE = timedelta(hours=6)  # from then on: a judge or a disk may be slow while the others wait
 FILE = 2**30  # bytes of a checkpoint's file, about
@@ -233,11 +249,11 @@ def save_checkpoint(folder, policy, optimizer, history):
         try:
             if failure:
                 raise OSError(failure)
-            sums = {}
-            for file in sorted(temporary.iterdir()):
+            for file in temporary.iterdir():
                 safe_open(file, "pt")  # the writer may swallow an error: a cut file fails here
-                sums[file.name] = checksum(file)
-            (temporary / "history.json").write_text(json.dumps([sums, history]))
+            sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
+            whole = seal({"files": sums, "history": history})
+            (temporary / "history.json").write_text(json.dumps(whole))
             for file in temporary.iterdir():
                 flush(file)
             os.replace(temporary, folder)
@@ -264,8 +280,8 @@ def load_checkpoint(folder, policy, optimizer):
     """
     from torch.distributed import checkpoint
     try:
-        sums, history = json.loads((Path(folder) / "history.json").read_text())
-        if any(checksum(Path(folder) / name) != value for name, value in sums.items()):
+        saved = unseal((Path(folder) / "history.json").read_bytes())
+        if any(checksum(Path(folder) / name) != value for name, value in saved["files"].items()):
             raise ValueError("it is damaged")
         with warnings.catch_warnings(action="ignore"):
             checkpoint.load(_state(policy, optimizer), storage_reader=(
@@ -273,7 +289,7 @@ def load_checkpoint(folder, policy, optimizer):
     except (checkpoint.CheckpointException, OSError, ValueError) as error:
         raise ValueError(f"the checkpoint {folder} cannot be read ({_reason(error)}); delete it to "
                          "repeat this iteration's training") from None
-    return history
+    return saved["history"]
 
 
 def newest_checkpoint(folder):
@@ -299,6 +315,28 @@ def checksum(path):
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(row, *place):
+    """A JSON object with its own digest as its last entry, "check". place: what else must be the
+    same when it is read, such as its number in the file."""
+    return {**row, "check": _digest(row, *place)}
+
+
+def unseal(line, *place):
+    """The object of a line (str or bytes) that `seal` made, without its digest. ValueError where
+    one bit has changed, or where it is in another place."""
+    try:
+        row = json.loads(line)
+        if row.pop("check") == _digest(row, *place):
+            return row
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        pass
+    raise ValueError("it is damaged")
+
+
+def _digest(*parts):
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def flush(path):

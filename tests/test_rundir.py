@@ -3,9 +3,11 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +74,11 @@ def test_a_phase_that_is_killed_goes_on_behind_its_last_whole_row(tmp_path):
     assert calls == []
 
 
+def sealed(i, **more):
+    """The line of item i in a part."""
+    return json.dumps(rundir.seal({"prompt_id": str(i), **more}, i)) + "\n"
+
+
 @pytest.mark.parametrize("were, are, kept", [
     (3, 1, 4), (3, 2, 5), (2, 3, 6), (1, 4, 7), (4, 3, 6)])
 def test_rows_of_another_number_of_processes_are_dealt_out_again(were, are, kept, tmp_path,
@@ -82,8 +89,8 @@ def test_rows_of_another_number_of_processes_are_dealt_out_again(were, are, kept
     for p in range(were):
         mine = range(p, 9, were)
         mine = [i for i in mine if i < finished and not (p == 1 and i > 3)]
-        path.with_name(f"x.jsonl.part{p}of{were}").write_text("".join(
-            f'{{"prompt_id": "{i}"}}\n' for i in mine) + '{"prompt_id": "9')
+        path.with_name(f"x.jsonl.part{p}of{were}").write_text(
+            "".join(map(sealed, mine)) + '{"prompt_id": "9')
     monkeypatch.setattr(rundir, "PROCESSES", are)
     rundir.deal_again(path)
     found = [path.with_name(f"x.jsonl.part{p}of{are}").read_text() for p in range(are)]
@@ -91,7 +98,7 @@ def test_rows_of_another_number_of_processes_are_dealt_out_again(were, are, kept
     gap = {i for i in range(9) if i >= finished or were > 1 and i % were == 1 and i > 3}
     for p, text in enumerate(found):
         expected = itertools.takewhile(lambda i: i not in gap, range(p, 9, are))
-        assert text == "".join(f'{{"prompt_id": "{i}"}}\n' for i in expected)
+        assert text == "".join(map(sealed, expected))
     assert sum(text.count("\n") for text in found) == kept
     monkeypatch.setattr(rundir, "PROCESSES", 9)
     before = sorted(tmp_path.iterdir())
@@ -104,8 +111,8 @@ def test_rows_of_another_number_of_processes_are_dealt_out_again(were, are, kept
 def test_one_process_goes_on_with_what_two_have_finished(made_with, left, tmp_path):
     """Parts that nobody looks at; or reference log-probs of other micro-batches than update 0's."""
     for p, ids in enumerate(("02", "1")):
-        write_jsonl(tmp_path / f"x.jsonl.part{p}of2",
-                    [{"prompt_id": i, "twice": 2 * int(i)} for i in ids])
+        (tmp_path / f"x.jsonl.part{p}of2").write_text("".join(
+            sealed(int(i), twice=2 * int(i)) for i in ids))
     calls = []
     rows = Run(tmp_path).once(tmp_path / "x.jsonl", doubled, ITEMS, calls, made_with=made_with)
     assert calls == left and [row["twice"] for row in rows] == [0, 2, 4, 6, 8]
@@ -377,3 +384,235 @@ def test_what_was_made_with_other_settings_is_made_again(tmp_path):
     for budget, times in (([64, 1], 1), ([64, 1], 1), ([32, 1], 2), ([32, 1], 2)):
         Run(tmp_path).once(tmp_path / "iter_1/x.jsonl", rows, [1], made_with=budget)
         assert len(made) == times
+
+
+# ----------------------------------------------------------------------------------------------
+# One bad byte, one line too many
+# ----------------------------------------------------------------------------------------------
+
+LOGGED = [{"iteration": 0, "phase": "eval", "score": 1.5}] + [
+    {"iteration": 1, "phase": "train", "update": u, "loss": 0.5 + u} for u in range(3)] + [
+    {"iteration": 1, "phase": "eval", "score": 2.5}]
+
+
+def logged(folder):
+    """A run whose metrics are LOGGED."""
+    run = Run(folder)
+    for k, phase in ((0, "eval"), (1, "train"), (1, "eval")):
+        run.log([row for row in LOGGED if (row["iteration"], row["phase"]) == (k, phase)])
+    (folder / "iter_1/policy").mkdir(parents=True, exist_ok=True)
+    return run
+
+
+@pytest.mark.parametrize("line", range(len(LOGGED)))
+@pytest.mark.parametrize("how", ["digit", "twice", "gone", "array", "half", "bytes"])
+def test_a_damaged_line_of_the_metrics_reaches_no_figure(line, how, tmp_path, capsys):
+    """A loss of another digit, an update twice or not at all, in figures and report, exit 0; a
+    traceback; whole rows that go with the damaged one, and cannot be looked at any more."""
+    logged(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(True)
+    lines[line:line + 1] = {
+        "digit": [lines[line].replace(b".5", b".4")], "twice": [lines[line]] * 2, "gone": [],
+        "array": [b"[1]\n"], "half": [lines[line][:9]], "bytes": [b"\xe9\n"]}[how]
+    path.write_bytes(damaged := b"".join(lines))
+    phase = LOGGED[line]["phase"]
+    words = "lost the updates of iteration 1; put it back, or remove .*iter_1/policy"
+    with pytest.raises(ValueError, match=words if phase == "train" else "again, makes it again"):
+        rundir.read_metrics(tmp_path, phase)
+    if phase == "train":  # what is not made again stays to be looked at, and is refused
+        Run(tmp_path).log([LOGGED[0]])
+        with pytest.raises(ValueError, match=words):
+            rundir.read_metrics(tmp_path, "train")
+        assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+        (tmp_path / "iter_1/policy").rmdir()
+    capsys.readouterr()
+    logged(tmp_path)
+    assert [row for phase in ("train", "eval") for row in rundir.read_metrics(tmp_path, phase)
+            ] == LOGGED[1:4] + [LOGGED[0], LOGGED[4]]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda lines: [lines[0], lines[1].replace(b"[7]", b"[6]"), *lines[2:]],
+    lambda lines: [lines[0], lines[0], *lines[1:]], lambda lines: [lines[0], *lines[2:]],
+    lambda lines: [b"[]\n", *lines[1:]], lambda lines: [b"\xe9\n", *lines[1:]]],
+    ids=["changed", "twice", "gone", "array", "latin-1"])
+def test_a_damaged_row_of_an_unfinished_file_is_made_again(damage, tmp_path):
+    """A token of a sample that has changed, and another policy, exit 0."""
+    def ids(items, die=False):
+        for i, item in enumerate(items):
+            if die and i == 4:
+                raise KeyboardInterrupt
+            yield {**item, "ids": [7 * int(item["prompt_id"])]}
+    path = tmp_path / "iter_1/samples.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        Run(tmp_path).once(path, ids, ITEMS, True)
+    [part] = path.parent.glob("*.part0of1")
+    part.write_bytes(b"".join(damage(part.read_bytes().splitlines(True))))
+    rows = Run(tmp_path).once(path, ids, ITEMS)
+    assert list(rows) == [{"prompt_id": str(i), "ids": [7 * i]} for i in range(5)]
+
+
+@pytest.mark.parametrize("name", ["finished.json", "config.json"])
+@pytest.mark.parametrize("how", ["bit", "digit", "empty", "half", "gone", "array", "latin-1"])
+def test_a_bad_byte_in_a_record_costs_nothing(name, how, tmp_path, capsys):
+    """Intact policies that only --fresh is offered for, which deletes them."""
+    run = finished_run(tmp_path)
+    path = tmp_path / name
+    expected, position = path.read_text(), path.read_text().index('"') + 3
+    content = path.read_bytes()
+    digits = content.replace(b"0.1", b"0.2") if name == "config.json" else content.replace(
+        b'"rows": 5', b'"rows": 4')
+    assert digits != content
+    path.write_bytes({"bit": content[:position] + bytes([content[position] ^ 128])
+                      + content[position + 1:], "digit": digits, "empty": b"", "array": b"[1]",
+                      "half": content[:20], "gone": b"", "latin-1": b"\xe9"}[how])
+    if how == "gone":
+        path.unlink()
+    assert rundir.settings_of(run) == {"alpha": 0.1}
+    claim(run, {"alpha": 0.1}, {})
+    assert path.read_text() == expected and name in capsys.readouterr().out
+    Run(run).once(run / "iter_1/x.jsonl", lambda items: pytest.fail("made again"), ITEMS)
+
+
+def test_records_damaged_on_both_sides_are_one_line_that_deletes_nothing(tmp_path):
+    """A traceback; --fresh as the only way."""
+    run = finished_run(tmp_path)
+    for name in ("finished.json", ".finished.json"):
+        (run / name).write_text('{"iter_1/x.jsonl": 5}')
+    with pytest.raises(ValueError, match="finished.json is damaged.*put it back"):
+        claim(run, {"alpha": 0.1}, {})
+    for name in ("config.json", ".config.json"):
+        (run / name).write_text('{"settings": [], "made_from": 5}')
+    with pytest.raises(ValueError, match="not a run's"):
+        claim(run, {"alpha": 0.1}, {})
+
+
+@pytest.mark.parametrize("text", ["[1]\n", '{"prompt_id": "0"}\n', "\\xe9", ""])
+def test_a_reader_from_outside_draws_no_damaged_file(text, tmp_path):
+    """python -m harness.page on a run with a changed answer: another figure, or a traceback."""
+    path = finished_run(tmp_path) / "iter_1/x.jsonl"
+    assert [row["twice"] for row in rundir.finished_rows(path)] == [0, 2, 4, 6, 8]
+    path.write_text(text)
+    with pytest.raises(ValueError, match="x.jsonl is not what the run wrote there; the command"):
+        rundir.finished_rows(path)
+
+
+@pytest.mark.parametrize("line", ["5", "[]", '{"iteration": 1}', '{"iteration": null, "phase": 1}',
+                                  '{"iteration": 1, "phase": "other"}', "{", "[" * 9999])
+def test_metrics_of_another_shape_are_one_line_without_a_record_too(line, tmp_path):
+    """A traceback for what an editor has left in a run of an earlier version."""
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(LOGGED[0]) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged: .* is no row"):
+        rundir.read_metrics(tmp_path, "eval")
+
+
+def save_policy(path, made=None):
+    """Makes a policy's folder as a run does: what is there is replaced."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"weights")
+    if made is not None:
+        made.append(1)
+
+
+def test_a_file_too_much_in_a_policy_voids_nothing_and_is_never_deleted(tmp_path, capsys):
+    """A README.md or .DS_Store that costs a training, and is gone after it."""
+    path, made = tmp_path / "iter_1/policy", []
+    Run(tmp_path).once(path, save_policy, made)
+    (path / "README.md").write_text("mine")
+    (path / "plots").mkdir()
+    (path / "plots/a.png").write_text("mine")
+    Run(tmp_path).once(path, save_policy, made)
+    assert made == [1] and (path / "README.md").exists()
+    (path / "model.safetensors").write_bytes(b"Weights")
+    Run(tmp_path).once(path, save_policy, made)
+    assert made == [1, 1] and [file.name for file in path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "iter_1/policy.others/README.md").read_text() == "mine"
+    assert (tmp_path / "iter_1/policy.others/plots/a.png").read_text() == "mine"
+    assert "README.md is not this run's; it is now" in capsys.readouterr().out
+
+
+def test_fresh_leaves_what_only_looks_like_a_runs_and_names_it(tmp_path, capsys):
+    """iter_plan.txt, seed_list.csv or draft.tmp of somebody, deleted by a pattern."""
+    mine = ["iter_plan.txt", "seed_list.csv", "draft.tmp", "paper.part2", "iter_1/notes.md",
+            "figures/mine.png", "iter_x/a", "baseline/why.txt", "iter_1/policy/README.md",
+            "iter_1/samples.jsonl.part1", "seed_1/x", ".deleted-mails", "world/map.png",
+            "start.tmp/x", "iter_1/scores_old.jsonl", "report.md.bak"]
+    ours = ["report.md", "report.html", "figures/training.png", "iter_1/state/000002/history.json",
+            "iter_1/state/000002/model-00001-of-00001.safetensors", "start/eval.jsonl.part0of2",
+            "iter_2/policy.tmp/model.safetensors", "iter_1/scores0.jsonl", "iter_1/prompts.jsonl",
+            "world.unfinished/base/config.json", "metrics.jsonl", "iter_2/pairs.jsonl.tmp",
+            "seed_3/baseline/iter_1/answers.jsonl"]
+    run = finished_run(tmp_path)
+    finished_run(run / "baseline")
+    Run(run).once(run / "iter_1/policy", save_policy)
+    for name in mine + ours:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("x")
+    delete_run(run, [])
+    left = [file.relative_to(run).as_posix() for file in run.rglob("*") if file.is_file()]
+    assert sorted(left) == sorted(mine)
+    assert f"left {len(mine)} files" in capsys.readouterr().out
+    assert not (run / "iter_2").exists() and not (run / "seed_3").exists()
+    claim(run, {"alpha": 0.1}, {})  # what is left does not keep the new run out
+
+
+def test_a_judge_that_failed_and_was_mended_goes_on_and_keeps_the_samples(tmp_path, capsys):
+    """Samples that are lost because the judge had a bug; or half a run by one judge, half by
+    another: only what the judge has touched is made again, and what differs after it."""
+    made = []
+
+    def phase(items, name, value):
+        made.append(name)
+        for item in items:
+            if value is None:
+                raise ValueError("the judge fails")
+            yield {"prompt_id": item["prompt_id"], "value": value}
+
+    def go_on(judge, *scores):
+        claim(tmp_path, {"alpha": 1}, {"data": 1, "judge": judge})
+        run = Run(tmp_path)
+        for k, score in enumerate(scores, 1):
+            for name, value in (("samples", f"by the policy of {scores[:k - 1]}"),
+                                ("pairs", score), ("answers", f"by {scores[:k]}"), ("eval", score)):
+                run.once(tmp_path / f"iter_{k}/{name}.jsonl", phase, ITEMS, f"{name} {k}", value)
+        return made
+    with pytest.raises(ValueError, match="the judge fails"):
+        go_on("bug", 1, None)
+    (tmp_path / "iter_2/scores0.jsonl").write_text("{}")
+    assert made == ["samples 1", "pairs 1", "answers 1", "eval 1", "samples 2", "pairs 2"]
+    with pytest.raises(ValueError, match="alpha was 1, is 2; the judge has changed"):
+        claim(tmp_path, {"alpha": 2}, {"data": 1, "judge": "mended"})
+    with pytest.raises(ValueError, match="the data has changed; the judge has changed"):
+        claim(tmp_path, {"alpha": 1}, {"data": 2, "judge": "mended"})
+    made.clear()
+    assert go_on("mended", 1, 1) == ["pairs 1", "eval 1", "pairs 2", "answers 2", "eval 2"]
+    assert "samples are kept" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*/scores*"))
+    with pytest.raises(ValueError, match="the judge has changed"):
+        go_on("another", 1, 1)  # nothing has failed
+    (tmp_path / "iter_2/eval.jsonl.part0of1").write_text("")
+    made.clear()
+    assert go_on("another", 2, 2) == ["pairs 1", "answers 1", "eval 1", "samples 2", "pairs 2",
+                                      "answers 2", "eval 2"]
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda d: (d / "run").write_text("x"), "there is a file of this name"),
+    (lambda d: (d / "run").symlink_to("/nowhere/at/all"), "cannot be made")])
+def test_a_run_dir_that_cannot_be_one_is_named(make, words, tmp_path):
+    """[Errno 17]."""
+    make(tmp_path)
+    with pytest.raises(ValueError, match=f"--run-dir .*run: .*{words}"):
+        with rundir.locked(tmp_path / "run"):
+            pass
+
+
+def test_a_run_dir_that_is_no_text_is_refused_before_the_first_sample(tmp_path):
+    """"Free some space", after all the work: no model can be saved below such a name."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff"))
+    with pytest.raises(ValueError, match="--run-dir .*not UTF-8"):
+        with rundir.locked(path):
+            pass
+    assert not path.exists()

@@ -36,18 +36,33 @@ def test_a_checkpoint_that_fails_leaves_the_old_one_and_no_rubbish(monkeypatch, 
     assert scale.load_checkpoint(tmp_path / "000001", policy, optimizer) == [1.5]
 
 
-@pytest.mark.parametrize("how", ["bit", "empty"])
+@pytest.mark.parametrize("how", ["bit", "empty", "history", "list", "latin-1"])
 def test_a_checkpoint_that_cannot_be_read_is_named(how, tmp_path):
-    """A page of a library's traceback for a damaged file; one flipped bit that trains on."""
+    """A page of a library's traceback for a damaged file; one flipped bit that trains on; a digit
+    of a loss that has changed in the history, and is drawn."""
     policy = policies.Policy(make_model())
     optimizer = torch.optim.AdamW(policy.parameters())
-    scale.save_checkpoint(tmp_path / "000001", policy, optimizer, [])
-    for file in (tmp_path / "000001").glob("*.safetensors"):
+    scale.save_checkpoint(tmp_path / "000001", policy, optimizer, [{"loss": 0.69}])
+    history = tmp_path / "000001/history.json"
+    if how == "history":
+        history.write_text(history.read_text().replace("0.69", "0.68"))
+    elif how in ("list", "latin-1"):
+        history.write_bytes(b"[1, 2]" if how == "list" else b"\xe9")
+    for file in (tmp_path / "000001").glob("*.safetensors" if how in ("bit", "empty") else "no"):
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content if how == "bit" else b"")
     with pytest.raises(ValueError, match="000001 cannot be read"):
         scale.load_checkpoint(tmp_path / "000001", policy, optimizer)
+
+
+@pytest.mark.parametrize("name, text", [("WORLD_SIZE", "x"), ("WORLD_SIZE", ""), ("RANK", "-1"),
+                                        ("WORLD_SIZE", "0"), ("RANK", "1.5"), ("RANK", "\u0663")])
+def test_an_environment_that_torchrun_would_not_make_is_one_line(name, text, monkeypatch):
+    """WORLD_SIZE=x: a traceback while modules load."""
+    monkeypatch.setenv(name, text)
+    with pytest.raises(SystemExit, match=f"variable {name} is .*torchrun sets it"):
+        scale._whole_number(name, 0, 1)
 
 
 def test_nothing_in_a_checkpoint_can_run_code(tmp_path):

@@ -93,7 +93,7 @@ def training(run_dir):
 
 def files_of(folder):
     """name -> content of every file that a run leaves, but for those that hold its own name."""
-    named = ("config.json", "report.md", "report.html")
+    named = ("config.json", ".config.json", "report.md", "report.html")
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*"))
             if f.is_file() and str(f.relative_to(folder)) not in named}
 
