@@ -11,7 +11,6 @@ warns. Run it before the toy's settings change.
 """
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -35,30 +34,37 @@ MEASURES = {"true_reward": "true reward", "true_share_good": "true reward > 0.75
             "true_kl": "KL, nats", "true_invalid": "invalid replies"}
 
 
-def run(home, flags, job):
+def run(name, seed, flags):
     """One seed at one instruction set -> {"rows": {arm: evaluations}, "warnings": lines}."""
-    name, seed = job
-    folder = Path(home) / f"{name}_{seed}"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train_loop.py"), "--run-dir", str(folder), "--seeds", "1",
-         "--seed", str(seed), *flags], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | SETS[name])
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return {"rows": {arm: rows_of(here, "eval")[1:]
-                     for arm, here in (("SELM", folder), ("DPO", folder / "baseline"))},
-            "warnings": re.findall(r"warning: (.*)", done.stdout)}
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train_loop.py"), "--run-dir", folder, "--seeds", "1",
+             "--seed", str(seed), *flags], capture_output=True, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | SETS[name])
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        return {"rows": {arm: rows_of(here, "eval")[1:]
+                         for arm, here in (("SELM", folder), ("DPO", f"{folder}/baseline"))},
+                "warnings": re.findall(r"warning: (.*)", done.stdout)}
 
 
-def measure(flags, seeds, jobs):
-    """{instruction set: [run of seed 0, 1, ...]}"""
-    wanted = list(itertools.product(SETS, range(seeds)))
-    with tempfile.TemporaryDirectory() as home, ThreadPoolExecutor(jobs) as pool:
-        runs = list(pool.map(lambda job: run(home, flags, job), wanted))
-    found = {name: [] for name in SETS}
-    for (name, _), result in zip(wanted, runs):
-        found[name].append(result)
-    return found
+def measure(flags, seeds, jobs, file):
+    """{instruction set: [run of seed 0, 1, ...]}. Each run is appended to `file` as it comes, and
+    what is there already is not run again."""
+    key = lambda row: (row["flags"], row["instructions"], row["seed"])  # noqa: E731
+    known = {key(row): row for row in map(json.loads, open(file))} if file.exists() else {}
+
+    def one(job):
+        name, seed = job
+        row = {"flags": " ".join(flags), "instructions": name, "seed": seed}
+        if key(row) not in known:
+            known[key(row)] = row | run(name, seed, flags)
+            with open(file, "a") as out:
+                out.write(json.dumps(known[key(row)]) + "\n")
+        return known[key(row)]
+    with ThreadPoolExecutor(jobs) as pool:
+        return {name: list(pool.map(one, [(name, seed) for seed in range(seeds)]))
+                for name in SETS}
 
 
 def faults(results):
@@ -97,11 +103,11 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--flags", default="", help="of train_loop.py, in one string")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="write the runs there, as JSON")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/breakdown.jsonl",
+                        help="the runs, appended as they come; the same command resumes")
     args = parser.parse_args(argv)
-    results = measure(args.flags.split(), args.seeds, args.jobs)
-    if args.out:
-        args.out.write_text(json.dumps(results))
+    args.out.parent.mkdir(exist_ok=True)
+    results = measure(args.flags.split(), args.seeds, args.jobs, args.out)
     found = list(faults(results))
     print(table(results), f"{len(found)} faults", *found, sep="\n")
     sys.exit(bool(found))
