@@ -1,36 +1,49 @@
-"""The SELM objective on plain tensors: log-probs without logits, the DPO loss, the optimism term.
+"""The SELM objective on plain tensors: log-probs without logits, pair losses, optimism terms.
 
 Self-Exploring Language Models (SELM), arXiv 2405.19332 v3. The derivation, in the paper's letters
-(its y' is what all code calls y or `sampled`; its y_w, y_l are `chosen`, `rejected`):
+(the code calls y_w, y_l and y' `chosen`, `rejected` and `sampled`; y' is also called y):
 
-  1. Bradley-Terry: P(y_w beats y_l | x) = sigmoid(r(x, y_w) - r(x, y_l)); L(r; D) is its negative
-     log-likelihood on the preferences D. Many rewards fit D about equally well.
-  2. Among them, take the one that promises most: under which the best policy gains most over
-     pi_ref (a bilevel objective; means are over the prompts x, too):
+  1. Bradley-Terry: P(y_w beats y_l | x) = sigmoid(r(x, y_w) - r(x, y_l)). L(r; D) is the negative
+     log-likelihood of r on the preferences D. Many rewards fit D about equally well.
+  2. Among them, take the one whose best policy gains most over pi_ref (means are over x, too):
          max_r  -L(r; D) + alpha * max_pi { E[r(x, y) - r(x, y')] - beta * KL(pi || pi_ref) }
-     with y ~ pi, y' ~ pi_ref. Where D does not say how good an answer is, that is optimism.
-  3. For a fixed r the inner maximum is the usual KL-regularised one: its solution is
+     with y ~ pi, y' ~ pi_ref.
+  3. For a fixed r, the inner maximum is the usual KL-regularised one. It is reached by
          pi_r(y|x) = pi_ref(y|x) * exp(r(x, y) / beta) / Z_r(x),   Z_r(x) the sum over all y,
-     and its value is  E_x[ beta * log Z_r(x) - E_{y' ~ pi_ref} r(x, y') ].
+     and its value is  E_x[V_r(x) - E_{y' ~ pi_ref} r(x, y')]  with  V_r(x) = beta * log Z_r(x).
+     V_r is what r PROMISES. L sees only differences of r between labelled answers, so the rewards
+     of all other answers, and with them V_r, are free. Among rewards that fit the labels alike,
+     the objective prefers the one that promises most. That preference is the optimism. Example:
+     one x, pi_ref = (0.9997, 0.0001, 0.0001, 0.0001), beta = 0.05, r(0) = 0. pi_ref samples answer
+     0 nearly always, and comparing it with itself teaches nothing:
+         r = ( 0,  0, 0, 0)   V = 0      pi_r = pi_ref. DPO waits until chance samples 1, 2 or 3.
+         r = ( 0,  2, 2, 2)   V = 1.59   SELM's first choice, if all |r| <= 2: pi_r gives 1, 2 or 3,
+                                         and the judge compares it with 0. Say that 1 loses.
+         r = ( 0, -2, 2, 2)   V = 1.57   promises most of what fits now: pi_r tries 2 or 3. If 2
+                                         wins, the label confirms the promise, and pi_r keeps 2.
+     (experiments/regret.py plays this game to the end, and counts what optimism costs.)
   4. Reparametrise by the policy:  r(x, y) = beta * log(pi(y|x) / pi_ref(y|x)). Then Z_r(x) = 1,
-     pi_r = pi, beta * log Z_r vanishes, and the two-level problem becomes one level:
+     V_r = 0, pi_r = pi, and the two levels become one:
          min_pi  L_DPO(pi; D) + alpha * beta * E_{y' ~ pi_ref}[log pi(y'|x) - log pi_ref(y'|x)].
-     (r has lost a shift that depends on x alone; it cancels in 1 and in r(x, y) - r(x, y').)
-  5. What is left (Eq. 4.2): DPO, plus a term that pushes DOWN the log-prob of the reference's own
+     (This r differs from that of step 3 by V_r(x), which cancels in steps 1 and 2. Hence the
+     log-ratio of y' holds the promise: beta * log(pi_r(y')/pi_ref(y')) = r(x, y') - V_r(x).)
+  5. The result (Eq. 4.2) is DPO plus a term that pushes DOWN the log-prob of the reference's own
      samples y'. alpha = 0 is (iterative) DPO.
 
-What Algorithm 1 makes of it is a heuristic: pi_ref moves on with every iteration, D is that
-iteration's portion alone, and the authors' y' is the GREEDY answer. With y' ~ pi_ref the term's
-mean is -alpha * beta * KL(pi_ref || pi), whose gradient is zero at pi = pi_ref, where each
-iteration starts (the mean of grad log pi(y') over y' ~ pi is the gradient of sum_y pi(y) = 1). With
-the greedy y' it pushes the mode down from the first update on; where y' is chosen as well, DPO's
-slope of -beta/2 outweighs its alpha * beta below alpha = 1/2. What that is good for is not derived,
-but measured: README, "What optimism does".
+Algorithm 1 is a heuristic form of this: pi_ref changes in every iteration, D is the portion of that
+iteration, gradient steps replace the exact minimum, and the authors' y' is the GREEDY answer.
+  - With y' ~ pi_ref the term's mean is -alpha * beta * KL(pi_ref || pi). Its gradient is zero at
+    pi = pi_ref, where each iteration starts (the mean over y' ~ pi of grad log pi(y') is the
+    gradient of sum_y pi(y) = 1).
+  - With the greedy y the term prefers a large V_r(x) - r(x, y), the promise above that one answer,
+    and pushes y down from the first update. Once another answer is likelier than y, the NEXT
+    iteration's greedy answer is that one, and it is judged. Where y is chosen as well, y still
+    rises if alpha < 1/2: at the start DPO's slope is -beta/2, and the term's is alpha * beta.
+The theory does not cover the greedy y. README, "What optimism does", reports what we measured.
 
-A log-prob of a response is the SUM over its tokens of log softmax(lm_logits)[token], in fp32. With
-a vocabulary of 128k, the (N, V) logits are by far the largest tensor of preference training, and
-two numbers per row are all that is needed: the target's logit and the logsumexp. `token_logps`
-never holds them all.
+A response's log-prob is the SUM over its tokens of log softmax(lm_logits)[token], in fp32. With
+128k words, the (N, V) logits are by far the largest tensor of preference training, but two numbers
+per row are enough: the target's logit and the logsumexp. `token_logps` never holds all logits.
 
 Replaces textbook.py's `loss`, and the (B, T, V) logits of its `logps`. Knows nothing of models,
 tokenizers, devices or files: tensors in, tensors out.
@@ -186,37 +199,44 @@ def response_logps(token_logps, response_index, responses):
 # ----------------------------------------------------------------------------------------------
 
 
-def dpo_losses(policy_chosen_logps, policy_rejected_logps,
-               ref_chosen_logps, ref_rejected_logps, beta):
-    """The DPO loss of each pair, (B,) tensors in and out. arXiv 2305.18290, Eq. 7.
+# The losses of a pair, by its margin (B,): log pi/pi_ref of chosen minus that of rejected, in nats.
 
-    losses = -log sigmoid(beta * (policy_logratios - ref_logratios)); ln 2 where policy and
-    reference agree.
-    """
-    policy_logratios = policy_chosen_logps - policy_rejected_logps  # (B,)
-    ref_logratios = ref_chosen_logps - ref_rejected_logps  # (B,)
-    margin = policy_logratios - ref_logratios  # (B,) in nats
+
+def dpo_losses(margin, beta):
+    """-log sigmoid(beta * margin). DPO, arXiv 2305.18290, Eq. 7. It is ln 2 at margin 0."""
     return -F.logsigmoid(beta * margin)
 
 
+def ipo_losses(margin, beta):
+    """(margin - 1 / (2 beta))^2: the margin has a target and stops there, however clear the labels
+    are. IPO, arXiv 2310.12036, Eq. 17 (its tau is beta). Trap: alpha and the learning rate need
+    other values than with DPO, as the slope at margin 0 is -1 / beta instead of -beta / 2."""
+    return (margin - 1 / (2 * beta)) ** 2
+
+
+PREFERENCE_LOSS = {"dpo": dpo_losses, "ipo": ipo_losses}
+
 def selm_loss(policy_chosen_logps, policy_rejected_logps, policy_sampled_logps,
               ref_chosen_logps, ref_rejected_logps, ref_sampled_logps, *, alpha, beta,
-              optimism="selm"):
+              loss="dpo", optimism="selm"):
     """The SELM loss of each example: DPO + optimism. arXiv 2405.19332 v3, Eq. 4.2.
 
-    All inputs are (B,) sums over response tokens, in nats; the ref_* ones are constants (detached
+    All inputs are (B,) sums over response tokens, in nats. The ref_* ones are constants (detached
     here: a reference that learns is a silent bug). `sampled` is the fresh sample y ~ pi_ref, ALSO
     where y won or lost the ranking and is chosen or rejected as well. Of several samples per prompt
     pass the mean: the term is linear. With alpha = 0 both sampled inputs may be None.
-    optimism: which term, a name in OPTIMISM. Returns (losses (B,), metrics: name -> (B,) detached).
+    loss, optimism: names in PREFERENCE_LOSS and OPTIMISM.
+    Returns (losses (B,), metrics: name -> (B,) detached).
     """
     assert beta > 0, f"beta is the strength of the KL anchor and must be > 0, got {beta}"
     assert alpha >= 0, f"alpha < 0 would be pessimism; got {alpha}"
     assert alpha == 0 or policy_sampled_logps is not None, "the optimism term needs the samples"
     ref_chosen_logps, ref_rejected_logps = ref_chosen_logps.detach(), ref_rejected_logps.detach()
-    losses = dpo_losses(policy_chosen_logps, policy_rejected_logps,
-                        ref_chosen_logps, ref_rejected_logps, beta)
-    metrics = {"dpo_loss": losses}
+    policy_logratios = policy_chosen_logps - policy_rejected_logps  # (B,)
+    ref_logratios = ref_chosen_logps - ref_rejected_logps  # (B,)
+    margin = policy_logratios - ref_logratios  # (B,)
+    losses = PREFERENCE_LOSS[loss](margin, beta)
+    metrics = {"preference_loss": losses}
     if policy_sampled_logps is not None:
         ref_sampled_logps = ref_sampled_logps.detach()
         losses = losses + OPTIMISM[optimism](policy_sampled_logps, ref_sampled_logps, alpha, beta)
@@ -226,14 +246,14 @@ def selm_loss(policy_chosen_logps, policy_rejected_logps, policy_sampled_logps,
     metrics |= {"loss": losses,
                 "chosen_reward": chosen_rewards, "rejected_reward": rejected_rewards,
                 "reward_margin": chosen_rewards - rejected_rewards,
-                # A tie is half right: at step 0 the accuracy is 0.5, not 0.
+                # A tie is half right: before the first update the accuracy is 0.5, not 0.
                 "accuracy": (chosen_rewards > rejected_rewards).float()
                             + 0.5 * (chosen_rewards == rejected_rewards).float()}
     return losses, {name: value.detach() for name, value in metrics.items()}
 
 
-# The optimism terms, to MINIMISE: all of them push y down. (B,), (B,) of y under policy and
-# reference -> (B,). A published port of XPO has the sign turned; tests/test_selm.py looks at it.
+# The optimism terms, to MINIMISE: all of them push y down. Log-probs of y under the policy and the
+# reference, (B,) each -> (B,). Trap: a published port of XPO has the sign turned.
 
 
 def selm_optimism(policy_sampled_logps, ref_sampled_logps, alpha, beta):
@@ -241,7 +261,7 @@ def selm_optimism(policy_sampled_logps, ref_sampled_logps, alpha, beta):
 
     DEVIATION: Algorithm 1 of the paper prints alpha alone; Eq. 4.2 and the authors' released
     trainer have alpha * beta. We follow the equation. log pi_ref(y) does not depend on theta;
-    subtracting it makes the term 0 at the start.
+    subtracting it makes the term start at 0.
     """
     return alpha * beta * (policy_sampled_logps - ref_sampled_logps)
 
@@ -252,8 +272,8 @@ def xpo_optimism(policy_sampled_logps, ref_sampled_logps, alpha, beta):
 
 
 def popo_optimism(policy_sampled_logps, ref_sampled_logps, alpha, beta):
-    """(alpha / beta) (sigmoid(beta * log pi(y)/pi_ref(y)) - 1/2): 0 and of slope alpha / 4 at the
-    start, bounded: what is down already is pushed no further. POPO, arXiv 2502.00666, and its code.
+    """(alpha / beta) (sigmoid(beta * log pi(y)/pi_ref(y)) - 1/2). POPO, arXiv 2502.00666, and its
+    code. It starts at 0 with slope alpha / 4, and is bounded: a y that is far down is pushed less.
     """
     return alpha / beta * (torch.sigmoid(beta * (policy_sampled_logps - ref_sampled_logps)) - 0.5)
 

@@ -1,6 +1,7 @@
 """The objective against closed forms, Python floats, finite differences, torch's own functions."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +141,19 @@ def test_the_loss_equals_the_formula_on_python_floats(alpha, beta):
     assert losses.tolist() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("name, formula", [
+    ("dpo", lambda margin, beta: math.log(1 + math.exp(-beta * margin))),
+    ("ipo", lambda margin, beta: margin**2 - margin / beta + 1 / (4 * beta**2))])
+def test_each_loss_of_a_pair_is_its_papers_formula(name, formula):
+    """A sign, a beta, or the 2 in IPO's target that is dropped. Oracle: Python floats, with IPO's
+    square multiplied out."""
+    pc, pr, ps, rc, rr, rs = logps(6)
+    for beta in (0.1, 1.0):
+        _, metrics = selm.selm_loss(pc, pr, ps, rc, rr, rs, alpha=0.3, beta=beta, loss=name)
+        expected = [formula(margin, beta) for margin in ((pc - rc) - (pr - rr)).tolist()]
+        assert metrics["preference_loss"].tolist() == pytest.approx(expected, rel=1e-9)
+
+
 def test_policy_equal_to_reference_gives_exactly_ln_2_and_no_optimism():
     """An optimism term without the reference's log-prob: it would not start at 0."""
     p = logps(1)[:3]
@@ -248,5 +262,19 @@ def test_metrics_are_the_implicit_rewards_and_their_margin_in_floats():
     assert metrics["sampled_logratio"].item() == pytest.approx(2.0)
     assert metrics["accuracy"].item() == 1.0
     dpo = math.log(1 + math.exp(-0.7 * 1.5))
-    assert metrics["dpo_loss"].item() == pytest.approx(dpo, rel=1e-5)
+    assert metrics["preference_loss"].item() == pytest.approx(dpo, rel=1e-5)
     assert metrics["loss"].item() == pytest.approx(dpo + 0.3 * 0.7 * 2.0, rel=1e-5)
+
+
+def test_the_example_of_the_derivation_has_true_numbers():
+    """A story about optimism that the formula does not tell: the promises V printed in selm.py's
+    header, and that the log-ratio of answer 0 holds them."""
+    ref, beta = [0.9997, 0.0001, 0.0001, 0.0001], 0.05
+    assert f"pi_ref = ({', '.join(map(str, ref))})" in selm.__doc__
+    found = re.findall(r"r = \(([-\d, ]+)\)   V = ([\d.]+)", selm.__doc__)
+    assert len(found) == 3
+    for rewards, promise in found:
+        weights = [p * math.exp(int(r) / beta) for p, r in zip(ref, rewards.split(","))]
+        assert round(beta * math.log(sum(weights)), 2) == float(promise)
+        policy_0 = weights[0] / sum(weights)
+        assert round(-beta * math.log(policy_0 / ref[0]), 2) == float(promise)
