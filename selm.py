@@ -13,15 +13,14 @@ Self-Exploring Language Models (SELM), arXiv 2405.19332 v3. The derivation, in t
      and its value is  E_x[V_r(x) - E_{y' ~ pi_ref} r(x, y')]  with  V_r(x) = beta * log Z_r(x).
      V_r is what r PROMISES. L sees only differences of r between labelled answers, so the rewards
      of all other answers, and with them V_r, are free. Among rewards that fit the labels alike,
-     the objective prefers the one that promises most. That preference is the optimism. Example:
-     one x, pi_ref = (0.9997, 0.0001, 0.0001, 0.0001), beta = 0.05, r(0) = 0. pi_ref samples answer
-     0 nearly always, and comparing it with itself teaches nothing:
+     the objective prefers the one that promises most: optimism. Example (experiments/regret.py, to
+     the end and with its cost): one x, r(0) = 0, pi_ref = (0.9997, 0.0001, 0.0001, 0.0001), beta =
+     0.05. pi_ref samples answer 0 nearly always, and comparing 0 with itself teaches nothing:
          r = ( 0,  0, 0, 0)   V = 0      pi_r = pi_ref. DPO waits until chance samples 1, 2 or 3.
          r = ( 0,  2, 2, 2)   V = 1.59   SELM's first choice, if all |r| <= 2: pi_r gives 1, 2 or 3,
                                          and the judge compares it with 0. Say that 1 loses.
-         r = ( 0, -2, 2, 2)   V = 1.57   promises most of what fits now: pi_r tries 2 or 3. If 2
+         r = ( 0, -2, 2, 2)   V = 1.57   promises most among what fits: pi_r tries 2 or 3. If 2
                                          wins, the label confirms the promise, and pi_r keeps 2.
-     (experiments/regret.py plays this game to the end, and counts what optimism costs.)
   4. Reparametrise by the policy:  r(x, y) = beta * log(pi(y|x) / pi_ref(y|x)). Then Z_r(x) = 1,
      V_r = 0, pi_r = pi, and the two levels become one:
          min_pi  L_DPO(pi; D) + alpha * beta * E_{y' ~ pi_ref}[log pi(y'|x) - log pi_ref(y'|x)].
@@ -33,13 +32,12 @@ Self-Exploring Language Models (SELM), arXiv 2405.19332 v3. The derivation, in t
 Algorithm 1 is a heuristic form of this: pi_ref changes in every iteration, D is the portion of that
 iteration, gradient steps replace the exact minimum, and the authors' y' is the GREEDY answer.
   - With y' ~ pi_ref the term's mean is -alpha * beta * KL(pi_ref || pi). Its gradient is zero at
-    pi = pi_ref, where each iteration starts (the mean over y' ~ pi of grad log pi(y') is the
-    gradient of sum_y pi(y) = 1).
+    pi = pi_ref, where each iteration starts: it is proportional to that of sum_y pi(y) = 1 there.
   - With the greedy y the term prefers a large V_r(x) - r(x, y), the promise above that one answer,
     and pushes y down from the first update. Once another answer is likelier than y, the NEXT
     iteration's greedy answer is that one, and it is judged. Where y is chosen as well, y still
-    rises if alpha < 1/2: at the start DPO's slope is -beta/2, and the term's is alpha * beta.
-The theory does not cover the greedy y. README, "What optimism does", reports what we measured.
+    rises if alpha < 1/2: at the start DPO's slope is -beta/2, and the term's is alpha * beta. The
+    theory does not cover this y; README, "What optimism does", reports what we measured.
 
 A response's log-prob is the SUM over its tokens of log softmax(lm_logits)[token], in fp32. With
 128k words, the (N, V) logits are by far the largest tensor of preference training, but two numbers
@@ -61,7 +59,7 @@ import torch.nn.functional as F
 
 
 def textbook_token_logps(hidden, weight, targets, bias=None, softcap=None):
-    """What `token_logps` computes, in four lines with (N, V) tensors. For tests and readers."""
+    """The plain form of `token_logps`, with (N, V) tensors. For tests and readers."""
     lm_logits = F.linear(hidden, weight, bias).float()  # (N, V)
     if softcap is not None:
         lm_logits = softcap * torch.tanh(lm_logits / softcap)
@@ -71,15 +69,14 @@ def textbook_token_logps(hidden, weight, targets, bias=None, softcap=None):
 def token_logps(hidden, weight, targets, bias=None, softcap=None, chunk_tokens=512):
     """log softmax(hidden @ weight.T + bias)[n, targets[n]] for every n, without the (N, V) logits.
 
-    Forward needs one number per row beside the target's logit: log p = logit[target] - logsumexp.
-    Backward needs softmax(logits) again; recomputing it (all but the first chunk) costs up to one
-    more matmul, 4 instead of 3, and peak memory falls from several N x V to one chunk_tokens x V,
-    however large the batch is.
+    Forward computes log p = logit[target] - logsumexp, one chunk of rows at a time. Backward needs
+    softmax(logits) and computes the logits again. That costs a fourth matmul, but peak memory falls
+    from several N x V to one chunk_tokens x V, however large the batch is.
 
     hidden (N, H), weight (V, H), targets (N,) int64, bias (V,) or None; softcap: Gemma's
     cap * tanh(logits / cap), or None. Returns (N,) in fp32 (fp64 for fp64 inputs).
-    `hidden[n]` must be the state that PREDICTS targets[n], i.e. of the token before it: the shift
-    by one is the caller's, and forgetting it is the classic bug.
+    Trap: `hidden[n]` must be the state that PREDICTS targets[n], which is that of the token before.
+    The caller makes this shift by one; forgetting it is the classic bug.
     Under autocast the matmuls take inputs of the autocast dtype and sum in fp32, but the gradient
     of an fp32 weight stays fp32.
     Idea: Liger kernel (arXiv 2410.10989) and Cut Cross-Entropy (arXiv 2411.09009).
@@ -103,17 +100,17 @@ def _matmul_fp32(a, b, out=None):
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Chunked log-probs with a recomputing backward; `token_logps` is the front door."""
+    """Chunked log-probs whose backward recomputes the logits. Call `token_logps` instead."""
 
     @staticmethod
     def _buffer(hidden, weight, compute_dtype, chunk_tokens):
-        """(V, chunk): every chunk's logits lie in it, so there is one chunk of them at a time."""
+        """(V, chunk): memory for the logits of one chunk, which all chunks use in turn."""
         dtype = torch.promote_types(compute_dtype, torch.float32)
         return hidden.new_empty(len(weight), min(len(hidden), chunk_tokens), dtype=dtype)
 
     @staticmethod
     def _lm_logits(hidden_chunk, weight, bias, softcap, buffer):
-        # hidden @ weight.T, (chunk, V), computed as its transpose: on a CPU it saves 4 to 7 %.
+        # hidden @ weight.T, (chunk, V), as the transpose of its transpose: 4 to 7 % less time.
         lm_logits = _matmul_fp32(weight, hidden_chunk.t(), out=buffer[:, :len(hidden_chunk)]).t()
         if bias is not None:
             lm_logits += bias
@@ -123,22 +120,19 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, softcap, compute_dtype, chunk_tokens):
-        # Autocast would round the fp32 logits back to bf16 behind our back.
+        # Autocast would round the fp32 logits to bf16.
         with torch.autocast(hidden.device.type, enabled=False):
             compute_weight = weight.to(compute_dtype)
             buffer = _TokenLogps._buffer(hidden, weight, compute_dtype, chunk_tokens)
             target_logits, largest, exp_sum = buffer.new_empty(3, len(hidden), 1)  # (N, 1) each
-            # Last chunk first: the backward pass starts with the first chunk and finds its
-            # exponentials still in the buffer. That saves a product, and the peak stays.
-            for start in reversed(range(0, len(hidden), chunk_tokens)):
+            for start in range(0, len(hidden), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 lm_logits = _TokenLogps._lm_logits(
                     hidden[rows].to(compute_dtype), compute_weight, bias, softcap, buffer)
                 target_logits[rows] = lm_logits.gather(1, targets[rows, None])
-                largest[rows] = lm_logits.amax(1, keepdim=True)  # torch.logsumexp, but in place
+                largest[rows] = lm_logits.amax(1, keepdim=True)  # logsumexp in place
                 exp_sum[rows] = lm_logits.sub_(largest[rows]).exp_().sum(1, keepdim=True)
         ctx.save_for_backward(hidden, weight, bias, targets, largest, exp_sum)
-        ctx.first_exps = lm_logits if softcap is None and len(hidden) else None
         ctx.settings = softcap, compute_dtype, chunk_tokens
         return (target_logits - (exp_sum.log() + largest)).squeeze(1)
 
@@ -150,23 +144,19 @@ class _TokenLogps(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         sum_dtype, compute_weight = exp_sum.dtype, weight.to(compute_dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # One accumulator for all chunks. addmm_ adds to it in place, as a (V, H) temporary a chunk
-        # costs more than the chunk's logits; only a sum wider than its inputs (bf16) needs one.
+        # One sum for all chunks. addmm_ adds in place, because a (V, H) temporary costs more than a
+        # chunk's logits. Only a sum that is wider than its inputs (bf16) needs such a temporary.
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if need_bias else None
-        # Taken once: they are overwritten below, and a second backward pass computes its own.
-        exps, ctx.first_exps = ctx.first_exps, None
-        buffer = (_TokenLogps._buffer(hidden, weight, compute_dtype, chunk_tokens)
-                  if exps is None else exps.t())
+        buffer = _TokenLogps._buffer(hidden, weight, compute_dtype, chunk_tokens)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], chunk_tokens):
                 rows, cap_slope = slice(start, start + chunk_tokens), None
                 h, g = hidden[rows].to(compute_dtype), grad_logps[rows, None].to(sum_dtype)
-                if start or exps is None:
-                    lm_logits = _TokenLogps._lm_logits(h, compute_weight, bias, softcap, buffer)
-                    if softcap is not None:  # its derivative needs the logits exp_ will destroy
-                        cap_slope = 1 - (lm_logits / softcap) ** 2
-                    exps = lm_logits.sub_(largest[rows]).exp_()
+                lm_logits = _TokenLogps._lm_logits(h, compute_weight, bias, softcap, buffer)
+                if softcap is not None:  # before exp_ overwrites the logits
+                    cap_slope = 1 - (lm_logits / softcap) ** 2
+                exps = lm_logits.sub_(largest[rows]).exp_()
                 grad_logits = exps.mul_(-g / exp_sum[rows])  # (chunk, V), of softmax = exps / sum
                 grad_logits.scatter_add_(1, targets[rows, None], g)
                 if cap_slope is not None:
@@ -189,7 +179,7 @@ def response_logps(token_logps, response_index, responses):
     """Sums token log-probs into response log-probs: (N,), (N,) in [0, R) -> (R,) fp32.
 
     A sum, not a mean: pi(y|x) is a product over tokens. (Length-normalised variants of DPO divide
-    here; neither DPO nor SELM does.)
+    here. DPO and SELM do not.)
     """
     return token_logps.new_zeros(responses).index_add(0, response_index, token_logps)
 
@@ -225,8 +215,7 @@ def selm_loss(policy_chosen_logps, policy_rejected_logps, policy_sampled_logps,
     here: a reference that learns is a silent bug). `sampled` is the fresh sample y ~ pi_ref, ALSO
     where y won or lost the ranking and is chosen or rejected as well. Of several samples per prompt
     pass the mean: the term is linear. With alpha = 0 both sampled inputs may be None.
-    loss, optimism: names in PREFERENCE_LOSS and OPTIMISM.
-    Returns (losses (B,), metrics: name -> (B,) detached).
+    loss, optimism: names in PREFERENCE_LOSS, OPTIMISM. Returns losses (B,), metrics: name -> (B,).
     """
     assert beta > 0, f"beta is the strength of the KL anchor and must be > 0, got {beta}"
     assert alpha >= 0, f"alpha < 0 would be pessimism; got {alpha}"

@@ -30,8 +30,8 @@ def test_log_probs_at_a_vocabulary_of_three_equal_a_hand_calculation():
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_chunked_gradients_pass_gradcheck(with_bias, softcap):
-    """A wrong sign, a lost chunk, a cap or bias that forward knows and backward forgets; the kept
-    first chunk that a second backward pass (gradcheck runs one) finds overwritten."""
+    """A wrong sign, a lost chunk, a cap or bias that forward knows and backward forgets; what a
+    second backward pass (gradcheck runs one) finds overwritten."""
     h, w, b, t = problem()
     inputs = [x.requires_grad_() for x in ((h, w, b) if with_bias else (h, w))]
 
@@ -61,7 +61,7 @@ def test_a_vocabulary_wide_gradient_skips_what_needs_none():
     for frozen in ("hidden", "weight"):
         context = SimpleNamespace(
             saved_tensors=(h, w, None, t, torch.zeros(len(h), 1), torch.ones(len(h), 1)),
-            first_exps=None, settings=(None, torch.float32, 4),
+            settings=(None, torch.float32, 4),
             needs_input_grad=(frozen != "hidden", frozen != "weight", False))
         grads = selm._TokenLogps.backward(context, torch.ones(len(h)))
         assert (grads[0] is None) == (frozen == "hidden")
