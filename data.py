@@ -2,17 +2,17 @@
 
 One tree per prompt: a prompt x and its K distinct responses, laid out in one line:
 
-    tokens     x x x x  a a a  b b        position of each token in its OWN sequence:
-    position   0 1 2 3  4 5 6  4 5        b starts at 4 again, as if a were not there.
-    sees                x+a    x+b        (the mask; model.py enforces it)
+    tokens     x x x x  a a a  b b        The position of each token is that in its OWN sequence:
+    position   0 1 2 3  4 5 6  4 5        b starts at 4 again, as if a did not exist.
+    attends to          x+a    x+b        (the mask; model.py applies it)
 
 The log-probs are exactly those of the two sequences x+a and x+b, but x is computed once. Trees of
-many prompts follow each other in one line, up to --tokens-per-forward tokens, without padding.
-And y, the fresh sample, is often chosen or rejected itself: a tree holds DISTINCT responses, and
-the roles (chosen, rejected, sampled) are indices into them, so no ids are computed twice.
+many prompts share one line of at most --tokens-per-forward tokens, without padding. The fresh
+sample y often is the chosen or the rejected response as well. So a tree holds DISTINCT responses,
+the roles (chosen, rejected, sampled) are indices into them, and nothing is computed twice.
 
-Which token predicts which: the logits at position i are about token i + 1. The first token of every
-response is predicted by the LAST PROMPT token, the others by the token before them.
+The logits at position i predict token i + 1. So the LAST PROMPT token predicts the first token of
+every response, and each other token is predicted by the one before it.
 
 Replaces textbook.py's `tokenise` and the padding of its `logps`. Leaves files and portions to
 harness/rows.py, chat templates to harness/template.py, models to model.py, sampling to sample.py,
@@ -37,7 +37,7 @@ import torch
 def encode(records, chat, max_prompt_length, max_length):
     """Yields (record, prompt ids, [ids of data_chosen, of data_rejected]), cut to the limits.
 
-    chat: harness.template.ChatFormat. It tokenises many texts in one call, which is far faster.
+    chat: harness.template.ChatFormat. It tokenises many texts in one call, which is much faster.
     """
     prompts, answers = chat.encode(
         [record["prompt"] for record in records],
@@ -49,14 +49,14 @@ def encode(records, chat, max_prompt_length, max_length):
 
 
 def encode_prompts(records, chat, max_prompt_length, max_length):
-    """Yields (record, prompt ids, most tokens of a response to it), cut to the limits."""
+    """Yields (record, prompt ids cut to the limit, the most tokens that its response may have)."""
     for record, ids in zip(records, chat.prompts_ids([record["prompt"] for record in records])):
         ids = cut_prompt(ids, max_prompt_length, chat.bos_id)
         yield record, ids, max_length - len(ids)
 
 
 def cut_prompt(prompt_ids, max_prompt_length, bos_id=None):
-    """Prompts lose their left end, but never their BOS. (Responses lose their right one.)"""
+    """Cuts a prompt on the left, but keeps its BOS. (Responses are cut on the right.)"""
     over = len(prompt_ids) - max_prompt_length
     if over <= 0:
         return prompt_ids
@@ -66,9 +66,9 @@ def cut_prompt(prompt_ids, max_prompt_length, bos_id=None):
 
 def make_rows(answered, chat):
     """Rows of pairs.jsonl before the ranking: the DISTINCT responses of a prompt, each with all its
-    sources. answered: (record, prompt ids, (source, ids) of each response) tuples; samples keep the
-    ids that were sampled (their text may be tokenised in several ways). What is judged is the text
-    of these ids."""
+    sources. answered: tuples (record, prompt ids, (source, ids) of each response). Samples keep the
+    ids that were sampled, since one text may have several tokenisations. The judge gets the text of
+    these ids."""
     rows = []
     for record, prompt_ids, responses in answered:
         sources = {}
@@ -91,33 +91,33 @@ def make_rows(answered, chat):
 
 @dataclass
 class Tree:
-    """A prompt, its distinct responses (ids), and who plays which role (indices into responses)."""
+    """A prompt, its distinct responses (ids), and the roles (indices into the responses)."""
     prompt_ids: list
     responses: list
     chosen: int
     rejected: int
     sampled: list  # the fresh samples: several with --responses-per-prompt, none for plain DPO
-    ref_logps: list = field(default_factory=list)  # one per response, nats, once they are known
+    ref_logps: list = field(default_factory=list)  # one per response, in nats; [] while unknown
     candidate_indices: list = field(default_factory=list)  # of the responses, in pairs.jsonl's row
     prompt_id: str = ""
 
     @property
     def size(self):
-        """What planning needs to know of a tree."""
+        """What planning needs to know about the tree."""
         longest = len(self.prompt_ids) + max(map(len, self.responses))
         return Size(len(self.prompt_ids) + sum(map(len, self.responses)), len(self.responses),
                     longest)
 
 
 class Size(NamedTuple):
-    tokens: int  # packed: the prompt and all responses
-    rows: int  # plain: one for each response,
-    width: int  # the longest of so many tokens
+    tokens: int  # of the packed tree: the prompt once, and all responses
+    rows: int  # number of plain rows: one per response
+    width: int  # tokens of the longest plain row
 
 
 def make_tree(row, alpha, logps=None):
-    """A row of pairs.jsonl (and the log-probs of its row in reference.jsonl) -> Tree. Only the
-    candidates that the loss needs: plain DPO (alpha 0) needs y only where it won or lost."""
+    """A row of pairs.jsonl (and the log-probs of its row in reference.jsonl) -> Tree. It holds only
+    the candidates that the loss needs: with alpha = 0, y is needed only if it won or lost."""
     sampled = row["sampled"] if alpha > 0 else []
     used = sorted({row["chosen"], row["rejected"], *sampled})
     return Tree(row["prompt_ids"], [row["candidates"][c]["ids"] for c in used],
@@ -133,7 +133,7 @@ def make_tree(row, alpha, logps=None):
 
 @dataclass
 class Batch:
-    """The trees of one update: how many in all, and this process's micro-batches of indices."""
+    """One update: its number of trees in all processes, and this process's micro-batches."""
     examples: int
     micro_batches: list
 
@@ -141,9 +141,9 @@ class Batch:
 def plan_updates(sizes, batching, seed, process=0, processes=1):
     """One epoch over trees of these Sizes, shuffled by seed -> the Batches of this process.
 
-    batching: batch_size (trees per update, over all processes), tokens_per_forward, plain_rows. In
-    each update all processes get the same number of micro-batches, filled up with [], for FSDP
-    waits for everyone.
+    batching: batch_size (trees per update, over all processes), tokens_per_forward, plain_rows.
+    All processes get the same number of micro-batches per update, because FSDP waits for all of
+    them; missing ones are [].
     """
     order = random.Random(seed).sample(range(len(sizes)), len(sizes))
     batches = []
@@ -159,14 +159,14 @@ def plan_updates(sizes, batching, seed, process=0, processes=1):
 
 
 def plan_micro_batches(sizes, batching):
-    """Sizes of trees -> groups of indices, each within batching.tokens_per_forward; a tree that is
-    larger travels alone. The order within a group does not matter to the result."""
+    """Sizes of trees -> groups of indices, each within batching.tokens_per_forward. A tree that is
+    larger than that gets a group of its own. The order in a group does not change the result."""
     plan = plan_plain_rows if batching.plain_rows else plan_packed
     return plan(sizes, batching.tokens_per_forward)
 
 
 def plan_packed(sizes, tokens_per_forward):
-    """First-fit, longest first: the tokens of a group's trees add up to at most the budget."""
+    """First-fit, longest first. The tokens of a group's trees add up to at most the budget."""
     groups, room = [], []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i].tokens):
         for g, space in enumerate(room):
@@ -182,8 +182,8 @@ def plan_packed(sizes, tokens_per_forward):
 
 
 def plan_plain_rows(sizes, tokens_per_forward):
-    """The same for padded rows: rows x widest row stays within the budget; sorted by width, so that
-    neighbours are of like length and little is padding."""
+    """The same for padded rows: rows x widest row stays within the budget. Sorting by width puts
+    rows of similar length together, so there is little padding."""
     groups, rows = [], 0
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i].width):
         rows += sizes[i].rows
@@ -202,11 +202,11 @@ def plan_plain_rows(sizes, tokens_per_forward):
 
 @dataclass
 class MicroBatch:
-    """What one forward pass takes. `rows` below is 1 for packed trees, R for plain padded rows."""
+    """The input of one forward pass. `rows` is 1 for packed trees, and R for plain padded rows."""
     input_ids: torch.Tensor  # (rows, T)
     position_ids: torch.Tensor  # (rows, T)
     attention_mask: torch.Tensor  # (rows, T) for plain rows; None for packed ones
-    layout: list  # packed: a (prompt length, [response lengths]) a tree; plain: None
+    layout: list  # packed: (prompt length, [response lengths]) of each tree; plain: None
     predicted_from: torch.Tensor  # (N,) index into the rows * T hidden states
     targets: torch.Tensor  # (N,)
     response_index: torch.Tensor  # (N,) in [0, R)

@@ -1,21 +1,21 @@
 """The policy pi(y|x): a packed forward pass from token ids to response log-probs.
 
-The architecture is transformers' own, unmodified. Ours is what happens around it:
+The model itself is transformers' own, unmodified. This file changes what happens around it:
 
-  - `tree_attention` enforces the tree mask of data.py by what it calls: causal attention once for
-    the prompt, and once for each response, which looks at [prompt; response]. What is masked out is
-    never computed, where a (T, T) mask over the packed line would compute it and throw it away.
-  - `Policy.forward` runs the decoder without its head and hands the hidden states of response
+  - `tree_attention` needs no mask. It runs causal attention once over the prompt, and once per
+    response over [prompt; response]. A (T, T) mask over the packed line would compute scores
+    between all trees and responses, and then throw most of them away.
+  - `Policy.forward` runs the decoder without its head and passes the hidden states of response
     tokens to selm.token_logps, so (tokens, vocabulary) logits never exist.
-  - There is no reference model. At the start of an iteration the reference IS the policy: the same
-    forward, under no_grad, before the first update, gives its log-probs once and for all. Same code
-    and dtype, so the loss of step 0 is ln 2 up to rounding; train_loop.py refuses more.
-  - A policy never enters training mode. DPO compares two passes over the same text, and dropout or
-    a router's noise would put a difference between them that no update made.
+  - There is no reference model. At the start of an iteration the reference IS the policy, so its
+    log-probs are computed once, before the first update, by the same forward under no_grad. With
+    the same code and dtype both agree up to rounding; train_loop.check_update_zero checks it.
+  - A policy is never in training mode. DPO compares two passes over the same text. Dropout or a
+    router's noise would make them differ without any update.
 
-Not every architecture can be packed. harness/architectures.py compares our numbers with the
-model's own before a run; --plain-rows then leaves everything (mask, positions, attention, head) to
-transformers.
+Some architectures cannot be packed. harness/architectures.py compares our numbers with the model's
+own before a run. With --plain-rows, transformers does everything (mask, positions, attention,
+head).
 
 Replaces textbook.py's `logps` and its deep-copied reference. Leaves the loss to selm.py, the
 optimiser to train_loop.py, generation to sample.py, loading and saving to harness/weights.py,
@@ -46,11 +46,11 @@ import selm
 
 
 class Policy(nn.Module):
-    """A causal LM seen as pi(y|x): micro-batch in, one log-prob per response out.
+    """A causal LM as pi(y|x): micro-batch in, one log-prob per response out.
 
     autocast_dtype: bf16 compute over fp32 master weights, or None. checkpointing: recompute each
-    layer in backward (less memory for one more forward pass). compile: a torch.compile backend
-    ("inductor") for each layer, or None.
+    layer in backward, which saves memory and costs one more forward pass. compile: a torch.compile
+    backend ("inductor") for each layer, or None.
     """
 
     def __init__(self, model, checkpointing=False, autocast_dtype=None, compile=None):
@@ -59,8 +59,8 @@ class Policy(nn.Module):
         self.device = next(model.parameters()).device  # scale.shard: weights may lie elsewhere
         for layer in self.layers:
             if compile:
-                # Dynamo cannot leave a graph inside a checkpoint, as tree_attention makes it do: of
-                # a checkpointed layer it would compile nothing.
+                # tree_attention breaks dynamo's graph. Inside a checkpoint dynamo cannot resume
+                # after a break, so it would compile nothing of a checkpointed layer.
                 for part in layer.children() if checkpointing else [layer]:
                     part.compile(backend=compile, dynamic=True)
             if checkpointing:  # transformers' own works in training mode only
@@ -77,8 +77,8 @@ class Policy(nn.Module):
 
     @property
     def layers(self):
-        """The decoder layers, whatever they are called: the outermost list of modules. (A list of
-        experts lies inside a layer, and so comes later.)"""
+        """The decoder layers: the outermost list of modules, as every architecture has another name
+        for it. (A list of experts is inside a layer, and so comes later.)"""
         return next(m for m in self.backbone.modules() if isinstance(m, nn.ModuleList))
 
     def forward(self, batch):
@@ -92,8 +92,7 @@ class Policy(nn.Module):
 
     def _packed_token_logps(self, batch):
         layout = TreeLayout(batch.layout)
-        # A 4-D mask is passed through as it is: transformers builds none of its own, and
-        # tree_attention never reads this one.
+        # transformers builds no mask if it gets a 4-D one. tree_attention does not read this one.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
         hidden = self.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids,
                                attention_mask=mask, use_cache=False,
@@ -107,17 +106,17 @@ class Policy(nn.Module):
                                 softcap=getattr(config, "final_logit_softcapping", None))  # (N,)
 
     def _plain_token_logps(self, batch):
-        """--plain-rows: the model's own logits, whatever its head does to them.
+        """--plain-rows: from the model's own logits, whatever its head does to them.
 
-        The logits of the rows' responses exist here, (rows, T, V); their softmax in fp32 only for
-        one row at a time, and again in backward.
+        The logits of all rows exist here, (rows, T, V). Their softmax in fp32 exists for one row at
+        a time, and is computed again in backward.
         """
         rows, width = batch.input_ids.shape
         position = batch.predicted_from % width  # (N,), in its row
-        kept = width - int(position.min())  # no logits of what is prompt in all rows
+        kept = width - int(position.min())  # no logits where all rows have prompt
         lm_logits = self.causal_lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
                                    use_cache=False, logits_to_keep=kept).logits
-        position = position - width  # from the right end, for some models keep all logits anyway
+        position = position - width  # from the right: some models keep all logits anyway
         lengths = batch.response_index.bincount(minlength=rows).tolist()
         pieces = zip(lm_logits.unbind(0), position.split(lengths), batch.targets.split(lengths))
         return torch.cat([checkpoint(_row_logps, *piece, use_reentrant=False)
@@ -135,10 +134,10 @@ def _row_logps(lm_logits, position, targets):
 
 
 class TreeLayout:
-    """Where the trees of a packed line lie; travels through transformers' layers to the attention.
+    """The lengths of a packed line's trees. transformers' layers pass it on to the attention.
 
-    trees: a (prompt length, [response lengths]) for each, in order and without gaps. calls: how
-    many layers have used it.
+    trees: (prompt length, [response lengths]) of each, in order and without gaps. calls: the number
+    of layers that have used it.
     """
 
     def __init__(self, trees):
@@ -147,13 +146,13 @@ class TreeLayout:
         self.longest = max(p + max(responses) for p, responses in trees)
 
 
-@torch.compiler.disable  # --compile: dynamo would compile anew for every micro-batch's layout
+@torch.compiler.disable  # with --compile, dynamo would recompile for every micro-batch's layout
 def tree_attention(module, query, key, value, attention_mask, tree_layout=None, scaling=None,
                    sliding_window=None, softcap=None, s_aux=None, **kwargs):
     """transformers' attention interface: query (1, A, T, D), key and value (1, A_kv, T, D) ->
-    ((1, T, A, D), None). Without a tree_layout it is transformers' own sdpa, so sampling and
+    ((1, T, A, D), None). Without a tree_layout it calls transformers' own sdpa, so sampling and
     `model.generate` work on the same model object."""
-    if softcap is not None or s_aux is not None:  # sdpa would drop sinks without a word
+    if softcap is not None or s_aux is not None:  # sdpa would silently ignore sinks
         raise ValueError("its attention scores are capped or have sinks, which only eager "
                          "attention computes")
     if tree_layout is None:
@@ -163,7 +162,7 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
     window = sliding_window if sliding_window and sliding_window < tree_layout.longest else None
 
     def attend(q, k, v):
-        """Queries of the last n of m tokens attend causally to the m: -> (1, n, A, D)."""
+        """The last n of m tokens attend causally to all m: -> (1, n, A, D)."""
         mask = (causal_lower_right if window is None else partial(_causal_window, window, q.device))
         if not _takes_groups(q.is_cuda, q.dtype, window):
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -171,28 +170,28 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
                                               scale=scaling, enable_gqa=True).transpose(1, 2)
 
     # split, not slices: the backward of each slice would allocate and add a whole (A, T, D) tensor.
-    # One dtype: autocast casts for sdpa, but not before causal_lower_right looks at them.
+    # One dtype for all: causal_lower_right checks the dtypes before autocast casts them for sdpa.
     pieces = zip(*(x.to(value.dtype).split(tree_layout.segment_lengths, dim=2)
                    for x in (query, key, value)))
     outputs = []
     for _, responses in tree_layout.trees:
         q, prompt_k, prompt_v = next(pieces)
         outputs.append(attend(q, prompt_k, prompt_v))
-        for _ in responses:  # each sees [prompt; response]: no other response exists for it
+        for _ in responses:  # each attends to [prompt; response] and to no other response
             q, k, v = next(pieces)
             outputs.append(attend(q, torch.cat((prompt_k, k), 2), torch.cat((prompt_v, v), 2)))
     return torch.cat(outputs, dim=1), None  # (1, T, A, D)
 
 
 def _takes_groups(cuda, dtype, window):
-    """Whether there is a kernel for fewer heads of keys than of queries that does not hold all
-    scores, (A, n, m). On CUDA it is flash attention alone, which takes neither masks (see
-    transformers' sdpa_attention.py) nor fp32. Not measured here."""
+    """Whether a kernel takes fewer key heads than query heads without storing all (A, n, m) scores.
+    On CUDA only flash attention does, and it takes neither masks (see transformers'
+    sdpa_attention.py) nor fp32. Not measured here."""
     return not cuda or window is None and dtype != torch.float32
 
 
 def _causal_window(window, device, n, m):
-    """The mask of the last n of m tokens, (n, m): whether one may look at another."""
+    """The mask of the last n of m tokens, (n, m): True where one may attend to another."""
     distance = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)
     return (distance >= 0) & (distance < window)
 

@@ -1,4 +1,8 @@
-"""Who is best, who is worst: PairRM by hand, and from its scores to a pair to train on.
+"""From scores to a pair to train on (`choose_pair`), and PairRM, the paper's judge, by hand.
+
+`choose_pair` is the rule of pairs: the best candidate of {y, y_w, y_l} becomes chosen, the worst
+becomes rejected. Change it to train on other pairs. `give_roles` writes its answer into a row of
+pairs.jsonl. Scores compare the candidates of ONE prompt; between prompts they mean nothing.
 
 PairRM (LLM-Blender, arXiv 2306.02561) is a DeBERTa-v3-large that reads a prompt and TWO candidates,
 
@@ -8,19 +12,17 @@ takes its last hidden states e at the three markers, and puts each candidate thr
 
     s1 = head([e_source; e_candidate1])    s2 = head([e_source; e_candidate2])    M = mean(s1 - s2)
 
-(the mean over the head's outputs; PairRM has one). M > 0: the first is better. It is not
-antisymmetric (the model prefers sides), so every ordered pair is asked, K(K-1) of them, and the
-score of candidate i is  mean_j (M[i, j] - M[j, i]).  The scores compare candidates of ONE prompt;
-between prompts they mean nothing. Algorithm 1 of SELM only takes the best and the worst of
-{y, y_w, y_l} from them, as chosen and rejected (`choose_pair`).
+(the mean over the head's outputs; PairRM has one). M > 0 means that the first is better. M depends
+on the order (the model prefers one side), so PairRM compares all K(K-1) ordered pairs. The score of
+candidate i is  mean_j (M[i, j] - M[j, i]).
 
-llm-blender 0.0.2 batches in arrival order and cuts a text by what else is in its batch. Here all
-pairs of all prompts stand in one queue sorted by length, each example is cut by itself, identical
-candidates are never compared, and attention moves half the memory (`disentangled_attention`). That
-the numbers are llm-blender's own is what tests/test_rank.py shows, on the same weights.
+llm-blender 0.0.2 batches prompts as they arrive, and how it cuts a text depends on the rest of its
+batch. Here the pairs of all prompts share one queue that is sorted by length, each example is cut
+on its own, identical candidates are never compared, and attention moves half the memory
+(`disentangled_attention`). tests/test_rank.py compares the numbers with llm-blender's own.
 
-Replaces textbook.py's `rank`. Leaves to others: loading its weights, reward models, your own
-function, you, and the command line below (harness/judges.py); the loss (selm.py).
+Replaces textbook.py's `rank`. Leaves loading of PairRM, all other judges and the command line below
+to harness/judges.py, and the loss to selm.py.
 
     python rank.py --input candidates.jsonl --ranker pairrm --output ranked.jsonl
 Test: pytest tests/test_rank.py.   Speed: experiments/benchmark_rank.py.   Next: train_loop.py.
@@ -49,12 +51,12 @@ from torch import nn
 
 
 def choose_pair(scores, texts):
-    """(index of the best, index of the worst) of one prompt's candidates; None: all equal, no pair.
+    """(index of the best, index of the worst) of one prompt's candidates; None if all are equal.
 
     scores: K finite floats, higher is better; texts: the K candidates.
-    Ties go by the SHA-256 of the text: among the best the smallest, among the worst the largest. A
-    rule by position would favour a source (the data set's answers always stand in one place), and
-    one by alphabet or length a style. The order of the candidates never changes which text wins.
+    Ties are broken by the SHA-256 of the text: the smallest of the best, the largest of the worst.
+    Position would favour one source (the data's answers always come first), and the alphabet or the
+    length a style. The order of the candidates never changes which text wins.
 
         scores [0.2, 0.9, -1.1] -> (1, 2)        scores [0.5, 0.5, 0.5] -> None
     """
@@ -66,38 +68,32 @@ def choose_pair(scores, texts):
 
 
 def give_roles(row, scores):
-    """Adds to a row of pairs.jsonl its roles, as indices into its candidates: chosen, rejected and
-    sampled; scores: one per candidate, or None for the data's own pair.
+    """Adds its roles to a row of pairs.jsonl: chosen, rejected and sampled, as indices into its
+    candidates. scores: one per candidate; None: the data's own pair is the pair.
 
-    Where all candidates are equal there is no pair, and both roles are the same response: the DPO
-    part is then ln 2 without gradient, and the optimism term is left, as Algorithm 1 has it. Only
-    an empty response of the DATA drops a row: a sample that ends at once may lose like any other.
+    If all candidates are equal, both roles go to y: the pair loss is then a constant without
+    gradient, and only the optimism term trains, as in Algorithm 1. With --pairs reference (XPO,
+    arXiv 2405.21046, Algorithm 1) the candidates are a sample of the policy and one of the first
+    model. The second is the one for optimism, also where it won, and the policy's wins a tie.
+    Only an empty response of the DATA drops a row: an empty sample may lose like any other.
     """
     candidates, texts = row["candidates"], [c["text"] for c in row["candidates"]]
     index = {source: i for i, c in enumerate(candidates) for source in c["sources"]}
     for candidate, score in zip(candidates, scores or []):
         candidate["score"] = score
     if "reference" in index:
-        return give_roles_to_two_samples(row, index, scores)
-    row["sampled"] = [i for i, c in enumerate(candidates) for source in c["sources"]
-                      if source == "sampled"]
-    pair = index["data_chosen"], index["data_rejected"]
+        row["sampled"], equal = [index["reference"]], (index["policy"], index["reference"])
+    else:
+        row["sampled"] = [i for i, c in enumerate(candidates) for source in c["sources"]
+                          if source == "sampled"]
+        equal = row["sampled"][:1] * 2
     if scores:
-        pair = choose_pair(scores, texts) or (row["sampled"][0],) * 2
-    row["chosen"], row["rejected"] = pair
-    if not all(texts[index[source]].strip() for source in ("data_chosen", "data_rejected")):
+        row["chosen"], row["rejected"] = choose_pair(scores, texts) or equal
+    else:
+        row["chosen"], row["rejected"] = index["data_chosen"], index["data_rejected"]
+    of_data = [i for source, i in index.items() if source in ("data_chosen", "data_rejected")]
+    if not all(texts[i].strip() for i in of_data):
         row["dropped"] = "empty response in the data"
-    return row
-
-
-def give_roles_to_two_samples(row, index, scores):
-    """The same for --pairs reference (XPO, arXiv 2405.21046, Algorithm 1): the policy's sample
-    against the first model's. A tie goes to the policy's; the optimism term is on the other one,
-    also where it won. index: source -> candidate."""
-    policy, reference = index["policy"], index["reference"]
-    lost = scores[policy] < scores[reference]
-    row["chosen"], row["rejected"] = (reference, policy) if lost else (policy, reference)
-    row["sampled"] = [reference]
     return row
 
 
@@ -107,13 +103,13 @@ def give_roles_to_two_samples(row, index, scores):
 
 
 class PairRM(nn.Module):
-    """PairRM's inference; parameters are named as in llm-blender's checkpoints.
+    """PairRM's inference. Parameters have the names of llm-blender's checkpoints.
 
-    config: DebertaV2Config; tokenizer: DeBERTa-v2 style ([CLS] text [SEP]), both made
-    by harness.judges.
+    config: DebertaV2Config; tokenizer: DeBERTa-v2 style ([CLS] text [SEP]). harness.judges makes
+    both.
     """
 
-    # The order in which llm-blender adds them to DeBERTa's 128,001 tokens: ids 128001 to 128004.
+    # In the order in which llm-blender adds them to DeBERTa's 128,001 tokens: ids 128001 to 128004.
     MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
     SOURCE_TOKENS, TOTAL_TOKENS = 1224, 2048
 
@@ -122,15 +118,15 @@ class PairRM(nn.Module):
         from transformers import DebertaV2Model
         self.pretrained_model = DebertaV2Model(config)
         size = config.hidden_size
-        self.head_layer = nn.Sequential(  # dropout does nothing here, but owns the indices 0 and 3
+        self.head_layer = nn.Sequential(  # dropout is off, but the names need the indices 0 and 3
             nn.Dropout(), nn.Linear(2 * size, size), nn.Tanh(),
             nn.Dropout(), nn.Linear(size, n_tasks))
         if (getattr(config, "share_att_key", False) and config.relative_attention
-                and set(config.pos_att_type or ()) == {"c2p", "p2c"}):  # PairRM; else stay slow
+                and set(config.pos_att_type or ()) == {"c2p", "p2c"}):  # PairRM; others stay slow
             for layer in self.pretrained_model.encoder.layer:
                 attention = layer.attention.self
                 attention.forward = functools.partial(disentangled_attention, attention)
-        tokenizer.add_tokens(list(self.MARKERS))  # no-op where they exist
+        tokenizer.add_tokens(list(self.MARKERS))  # does nothing if they exist
         self.tokenizer, self.tokens_per_forward = tokenizer, 8192
         self.marker_ids = tokenizer.convert_tokens_to_ids(list(self.MARKERS))
         expected = getattr(config, "source_prefix_id", self.marker_ids[0])
@@ -144,9 +140,9 @@ class PairRM(nn.Module):
     def scores(self, prompts, candidates):
         """The judge: B message lists, B lists of K_b strings -> B lists of K_b floats.
 
-        Exactly llm-blender's mean over ALL n candidates, also where some are identical: M[i, j] -
-        M[j, i] is 0 for two identical texts, so these are filled in without asking. ValueError for
-        a prompt that PairRM cannot read (`pairrm_texts`).
+        The mean is over ALL n candidates, as llm-blender's, also where some are identical. Two
+        identical texts are not compared: their M[i, j] - M[j, i] is 0. ValueError for a prompt that
+        PairRM cannot read (`pairrm_texts`).
         """
         places, segments, queue = [], [], []
         for b, (prompt, texts) in enumerate(zip(prompts, candidates, strict=True)):
@@ -168,14 +164,14 @@ class PairRM(nn.Module):
     def forward(self, rows):
         """R rows (source ids, first ids, second ids), int (t,) each -> logits (R,) fp32.
 
-        The logit is M: above 0, the first candidate is better."""
+        The logit is M: if M > 0, the first candidate is better."""
         device = self.head_layer[1].weight.device
         lengths = torch.tensor([[len(segment) for segment in row] for row in rows])  # (R, 3)
-        # A marker stands behind its segment's [CLS]. Lengths 5, 4, 6 -> places 1, 6, 10.
+        # A marker follows its segment's [CLS]. Lengths 5, 4, 6 -> places 1, 6, 10.
         markers = lengths.cumsum(1) - lengths + 1  # (R, 3)
         each = torch.arange(len(rows))
         ids, mask = pad_rows([torch.cat(row) for row in rows], self.tokenizer.pad_token_id)
-        ids[each, markers[:, 2]] = self.marker_ids[2]  # `encode` gave it the first one's marker
+        ids[each, markers[:, 2]] = self.marker_ids[2]  # `encode` wrote the first one's marker
         ids, mask = ids.to(device), mask.to(device)  # (R, T)
         hidden = self.pretrained_model(ids, mask).last_hidden_state  # (R, T, H)
         source, first, second = hidden[each[:, None], markers].float().unbind(1)  # (R, H) each
@@ -186,18 +182,18 @@ class PairRM(nn.Module):
     def encode(self, source, candidates):
         """Texts -> (source ids, K lists of candidate ids), every candidate with the FIRST marker.
 
-        The source may take 1224 tokens, each candidate half of what it leaves of 2048; cuts are on
+        The source may take 1224 tokens, and each candidate half of the rest of 2048. Cuts are on
         the right and keep the [SEP]. llm-blender cuts the same way at batch size 1; in a larger
-        batch it gives every candidate the room that the longest source leaves.
+        batch, the longest source decides the room of every candidate.
         """
-        # A text that contains [SEP] or a marker would move the places where the head looks.
-        # DEVIATION: llm-blender blanks [SEP] only, and fails on a marker.
+        # A [SEP] or a marker in a text would move the places that the head reads.
+        # DEVIATION: llm-blender removes [SEP] only, and fails on a marker.
         unsafe = re.compile("|".join(map(re.escape, (self.tokenizer.sep_token, *self.MARKERS))))
         texts = [self.MARKERS[0] + unsafe.sub(" ", source)]
         texts += [self.MARKERS[1] + unsafe.sub(" ", text) for text in candidates]
         ids = self.tokenizer(texts, verbose=False)["input_ids"]
         assert all(row[1] in self.marker_ids for row in ids), "want a tokenizer with [CLS]<marker>"
-        cut = lambda row, room: torch.tensor(  # int32: as a list of ints, ten times the memory
+        cut = lambda row, room: torch.tensor(  # int32: a list of ints takes ten times the memory
             row if len(row) <= room else row[:room - 1] + row[-1:], dtype=torch.int32)
         source_ids = cut(ids[0], self.SOURCE_TOKENS)
         room = (self.TOTAL_TOKENS - len(source_ids)) // 2
@@ -212,11 +208,11 @@ class PairRM(nn.Module):
 def pairrm_texts(prompt, candidates):
     """Message list and K candidates -> (source, K texts), in llm-blender's own formats.
 
-    One user turn: the raw text, never the chat-templated one, which PairRM was not trained on.
-    Several: llm-blender's `compare_conversations`: the source asks to fill in <Response i>, each
-    candidate repeats the earlier responses. (`coversation` is spelt as PairRM saw it in training.)
-    A system turn goes before the source, as llm-blender's `instructions` do. ValueError for roles
-    in any other order.
+    One user turn: the raw text, since PairRM was not trained on chat templates. Several turns: as
+    llm-blender's `compare_conversations`. The source asks to fill in <Response i>, and each
+    candidate repeats the earlier responses. (PairRM saw the spelling `coversation` in training.)
+    A system turn goes before the source, as llm-blender's `instructions`. ValueError for any other
+    order of roles.
     https://github.com/yuchenlin/LLM-Blender/blob/main/llm_blender/blender/blender.py
     """
     system = prompt[0]["content"] + "\n" if prompt and prompt[0]["role"] == "system" else ""
@@ -237,13 +233,13 @@ def pairrm_texts(prompt, candidates):
 
 def disentangled_attention(self, hidden_states, attention_mask, output_attentions=False,
                            query_states=None, relative_pos=None, rel_embeddings=None):
-    """DeBERTa's attention (arXiv 2006.03654, Eq. 4), half the memory traffic of transformers' own.
+    """DeBERTa's attention (arXiv 2006.03654, Eq. 4) with half of transformers' memory traffic.
 
         scores[i, j] = (q_i . k_j  +  q_i . K[bucket(i - j)]  +  k_j . Q[bucket(i - j)]) / sqrt(3 d)
 
-    K and Q are the P position embeddings through the key and query projections. What is saved are
-    passes over (R, h, T, T) arrays: 1 / sqrt(3 d) goes into the queries; the third term is gathered
-    in place (rows of a (P, T) table) and not transposed; the rest is one fused attention call with
+    K and Q are the P position embeddings after the key and query projections. It saves passes over
+    (R, h, T, T) arrays: 1 / sqrt(3 d) is applied to the queries; the third term is gathered from
+    the rows of a (P, T) table and needs no transpose; one fused attention call does the rest, with
     the two position terms as its bias. Replaces DisentangledSelfAttention.forward, same arguments.
     """
     split = lambda x: x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
@@ -257,7 +253,7 @@ def disentangled_attention(self, hidden_states, attention_mask, output_attention
     bucket = bucket.expand(*query.shape[:2], *bucket.shape[-2:])  # (R, h, T, T), no memory
     bias = (query @ position_key.mT).gather(-1, bucket)  # (R, h, T, P) -> (R, h, T, T)
     bias += (position_query @ key.mT).gather(-2, bucket)  # (R, h, P, T) -> (R, h, T, T)
-    # The mask is (R, 1, T, T); its first row, that of [CLS], says which tokens are real.
+    # The mask is (R, 1, T, T). Its first row, that of [CLS], says which tokens are real.
     bias.masked_fill_(attention_mask[:, :, :1] == 0, torch.finfo(bias.dtype).min)
     context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
     return context.transpose(1, 2).flatten(-2), None  # (R, T, H)
@@ -266,8 +262,8 @@ def disentangled_attention(self, hidden_states, attention_mask, output_attention
 def length_batches(lengths, tokens_per_forward):
     """Indices in batches of like length, longest first: rows x longest <= tokens_per_forward.
 
-    Sorted, neighbours differ by a token or two, so padding is about nothing; longest first, an
-    out-of-memory error comes in the first second and not in the last hour.
+    After sorting, neighbours differ by a token or two, so there is almost no padding. The longest
+    come first, so an out-of-memory error comes in the first second and not in the last hour.
     """
     batch = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

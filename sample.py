@@ -1,7 +1,7 @@
 """Sampling responses: slots instead of batches, over an unmodified transformers model.
 
-A batch is as slow as its longest response. `model.generate` on 4 prompts at a time (each letter is
-one token of one response, '.' is work on a row that has long ended):
+A batch takes as long as its longest response. `model.generate` on 4 prompts at a time (each letter
+is one token of one response, '.' is work on a row that has ended):
 
     row 1  a a a a a a a a   e e e e e e e e         slot 1  a a a a a a a a
     row 2  b b . . . . . .   f f f . . . . .         slot 2  b b e e e e e e e e
@@ -9,28 +9,27 @@ one token of one response, '.' is work on a row that has long ended):
     row 4  d d d d d . . .   h h . . . . . .         slot 4  d d d d d g h h
            time ------->  16 steps                          time ------->  10 steps
 
-SELM samples one response for each of thousands of prompts, and their lengths differ tenfold, so:
+SELM samples one response for each of thousands of prompts, and their lengths differ tenfold. So:
 
-  - A SLOT is one row of the KV cache. The live ones are always the first n: where a response ends,
-    the last row moves into the hole, and new prompts are prefilled behind them, as soon as enough
-    slots are free to be worth it (of 16 one to eight: `worth_a_prefill`). So every step computes n
-    rows and no dead one, also in the tail.
-  - Each slot is at its own position, so nothing is padded to the left. `SlotCache` writes each
-    row's key and value where that row stands, in place (a DynamicCache copies all of it at every
+  - A SLOT is one row of the KV cache. The live slots are always the first n. When a response ends,
+    the last row moves into its place. When enough slots are free (`worth_a_prefill`: one to eight
+    of 16), new prompts are prefilled after the live ones. So every step computes only live rows.
+  - Each slot has its own position, so there is no padding on the left. `SlotCache` writes each
+    row's key and value in place, at that row's position (a DynamicCache copies everything at every
     step), and shows the model no more of the cache than the longest live row fills.
-  - Of the next AHEAD * slots prompts the longest come first: neighbours in length are prefilled
-    together (little padding), and the longest do not start last, with few others to share a step.
-  - Responses are handed out in the order of their prompts, each as soon as it and all before it
-    have ended: a kill loses at most (2 * AHEAD + 1) * slots finished ones, not the phase.
+  - Of the next AHEAD * slots prompts the longest come first. Prompts of similar length are then
+    prefilled together, with little padding, and a long one does not run alone at the end.
+  - Responses are yielded in the order of their prompts, each as soon as it and all before it have
+    ended. So a kill loses at most (2 * AHEAD + 1) * slots finished responses.
   - On a CPU most of a step is matrix products with few rows: see `packed_linears`.
 
-A sample depends on its prompt and its seed alone, not on the slots, the other prompts or the number
-of processes: each prompt has its own stream of uniform numbers, one for each token. (But another
-number of rows may sum a matrix product in another order, and rounding can tip a near tie.)
+A sample depends only on its prompt and its seed, and not on the slots, the other prompts or the
+number of processes: each prompt has its own stream of uniform numbers, one per token. (Exception:
+with another number of rows, rounding differs and can decide a near tie differently.)
 
-Replaces textbook.py's `sample`. Leaves templates to harness/template.py, loading to
-harness/weights.py, and to harness/architectures.py the question of whether slots are right for an
-architecture (a few need another attention, some another sampler).
+Replaces textbook.py's `sample`. Leaves templates to harness/template.py, and loading to
+harness/weights.py. harness/architectures.py decides whether an architecture can use slots (a few
+need another attention, some another sampler).
 Run:  python sample.py --model runs/toy/iter_3/policy --prompt "describe the fox"
 Test: pytest tests/test_sample.py.    Read next: rank.py.
 
@@ -52,8 +51,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Cache
 
-AHEAD = 8  # times slots: of so many prompts the longest first; their responses wait for each other
-KV_BLOCK = 128  # the cache grows by so many positions: one copy in 128 steps, little unused memory
+AHEAD = 8  # times slots: the number of prompts that are sorted by length at a time
+KV_BLOCK = 128  # positions by which the cache grows: one copy in 128 steps, little unused memory
 
 # ----------------------------------------------------------------------------------------------
 # 1. The cache
@@ -61,10 +60,10 @@ KV_BLOCK = 128  # the cache grows by so many positions: one copy in 128 steps, l
 
 
 class SlotCache(Cache):
-    """A KV cache whose rows stand at different positions. One (slots, A, length, D) pair per layer.
+    """A KV cache whose rows have different positions. One (slots, A, length, D) pair per layer.
 
-    transformers' layers call `update` with new keys and values and attend to what it returns.
-    Before each forward pass, `aim` says where the batch's tokens belong.
+    transformers' layers call `update` with new keys and values, and attend to what it returns.
+    Before each forward pass, `aim` sets the positions of the batch's tokens.
     """
 
     def __init__(self, slots, max_length):
@@ -73,7 +72,7 @@ class SlotCache(Cache):
         self.keys, self.values = [], []
 
     def aim(self, first, positions, length, prefill):
-        """Row r of the next batch is slot first + r; its tokens go to positions[r] (n, T)."""
+        """Row r of the next batch is slot first + r. Its tokens go to positions[r]; (n, T)."""
         self.rows = torch.arange(first, first + len(positions), device=positions.device)[:, None]
         self.positions, self.length, self.prefill = positions, length, prefill
 
@@ -86,13 +85,13 @@ class SlotCache(Cache):
             if buffers[layer_idx].shape[2] < self.length:
                 buffers[layer_idx] = self._grown(buffers[layer_idx])
             buffers[layer_idx][self.rows, :, self.positions] = new.transpose(1, 2)  # (n, T, A, D)
-            # A prompt sees only itself, which is all in `new`: no need to read it back.
+            # A prompt attends only to itself, and `new` holds all of it.
             shown.append(new if self.prefill else buffers[layer_idx][:len(new), :, :self.length])
         return tuple(shown)
 
     def _grown(self, old):
         length = min(-(-self.length // KV_BLOCK) * KV_BLOCK, self.max_length)
-        # Zeros, not empty: masked positions get weight 0, but 0 * NaN would still be NaN.
+        # Zeros, not empty: masked positions get weight 0, but 0 * NaN is NaN.
         grown = old.new_zeros(*old.shape[:2], length, old.shape[3])
         grown[:, :, :old.shape[2]] = old
         return grown
@@ -101,7 +100,7 @@ class SlotCache(Cache):
         for buffer in (*self.keys, *self.values):
             buffer[target] = buffer[source]
 
-    # What transformers asks when it makes the causal mask of a prefill: nothing lies before it.
+    # transformers calls these two for the causal mask of a prefill, which has nothing before it.
     def get_seq_length(self, layer_idx=0):
         return 0
 
@@ -116,8 +115,8 @@ class SlotCache(Cache):
 
 @dataclass
 class Slot:
-    """What a slot holds: a prompt and its response so far. (One that waits has no row of the cache
-    yet.) `last` is its newest token, not yet in the cache."""
+    """A prompt and its response so far. (It gets a row of the cache when its prefill starts.)
+    `last` is its newest token, which is not yet in the cache."""
     index: int  # of the request
     prompt: list
     last: int
@@ -130,31 +129,31 @@ class Slot:
 def pick_tokens(lm_logits, uniforms, temperature, top_p):
     """(n, V) logits and n uniform numbers in [0, 1) -> (n,) tokens; temperature 0 is greedy.
 
-    Inverse CDF: lay the probabilities end to end on [0, 1); the token under u is the sample.
+    Inverse CDF: lay the probabilities end to end on [0, 1); the token at u is the sample.
     top_p: only the likeliest tokens whose mass reaches top_p (arXiv 1904.09751, nucleus sampling).
-    They are laid out by token id, not by rank: where two runs differ in a logit's last digit,
-    nearly equal tokens may swap ranks, and the same rank would then be another token.
+    The tokens are laid out by id, not by rank. If two runs differ in the last digit of a logit,
+    nearly equal tokens may swap ranks, and the same u would then give another token.
     """
     lm_logits = lm_logits.float()
     if temperature == 0:
         return lm_logits.argmax(-1)
-    lm_logits = lm_logits - lm_logits.amax(-1, keepdim=True)  # a tiny temperature cannot overflow
+    lm_logits = lm_logits - lm_logits.amax(-1, keepdim=True)  # or a tiny temperature overflows
     probs = (lm_logits / temperature).softmax(-1)  # (n, V)
     if top_p < 1:
         ranked = probs.sort(-1, descending=True).values
         kept = (ranked.cumsum(-1) - ranked < top_p).sum(-1, keepdim=True)  # mass BEFORE the token
         probs = probs * (probs >= ranked.gather(-1, (kept - 1).clamp(min=0)))
-    cdf = probs.double().cumsum(-1)  # float32 sums over 128k tokens would be off by whole tokens
+    cdf = probs.double().cumsum(-1)  # float32 sums over 128k tokens are off by whole tokens
     u = torch.tensor(uniforms, dtype=torch.float64, device=cdf.device)[:, None] * cdf[:, -1:]
-    # right=True: a token of probability 0 spans nothing and must never be hit, not even by u = 0.
+    # right=True: no u, not even 0, may give a token of probability 0.
     return torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp(max=cdf.shape[1] - 1)
 
 
 def step_mask(config, positions, length, dtype):
-    """positions (n,) -> what the token of each row sees of its slot, (n, 1, 1, length).
+    """positions (n,) -> the mask of each row's token over its slot, (n, 1, 1, length).
 
-    transformers passes a 4-D mask through untouched, so a sliding window has to be in it. Models
-    that mix full and windowed layers (Gemma, Qwen) take a dict with one mask a kind of layer.
+    transformers uses a 4-D mask unchanged, so it must contain the sliding window. Models that mix
+    full and windowed layers (Gemma, Qwen) take a dict with one mask per kind of layer.
     """
     distance = positions[:, None] - torch.arange(length, device=positions.device)  # (n, length)
 
@@ -177,14 +176,14 @@ def step_mask(config, positions, length, dtype):
 
 @contextmanager
 def packed_linears(model):
-    """Within it, the model's fp32 linear layers on the CPU use oneDNN with weights packed once.
+    """In this context, the model's fp32 linear layers on the CPU use oneDNN, with packed weights.
 
-    torch hands fp32 products to MKL, which is made for many rows; a step has one row per slot. With
-    16 rows, oneDNN's kernels on pre-packed weights take 59 ms where MKL takes 95 (all layers of
-    SmolLM2-135M, one core of an AMD EPYC). torch.compile's freezing does the same; these are its
-    operators, without the compiler. Costs a second copy of the weights for the time of sampling.
+    torch uses MKL for fp32 products, which is made for many rows; a step has one row per slot. With
+    16 rows, oneDNN takes 59 ms and MKL 95 (all layers of SmolLM2-135M, one core of an AMD EPYC).
+    These are the operators of torch.compile's freezing, without the compiler. Trap: while sampling,
+    a second copy of the weights is in memory, and the model uses that copy.
     """
-    def runs_on_mkl(module):  # not a subclass, nor a layer that somebody else has wrapped
+    def runs_on_mkl(module):  # no subclass, and no layer that other code has wrapped
         return (type(module) is nn.Linear and "forward" not in vars(module)
                 and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu"
                 and module.weight.dtype == torch.float32)
@@ -215,9 +214,9 @@ def can_pack():
 def generate(model, prompt_ids, *, max_new_tokens, seeds=None, progress=True, by=None, **options):
     """B lists of prompt ids -> B lists of sampled ids, in the order of the prompts.
 
-    max_new_tokens: an int, or B of them. seeds: B ints >= 0, each fixing all random numbers of its
-    prompt; None draws them from torch's global generator. by: `serve`, whose other options are
-    these, or one like it (harness/architectures.py).
+    max_new_tokens: an int, or B of them. seeds: B ints >= 0, each for all random numbers of its
+    prompt; None draws them from torch's global generator. by: `serve` or a function like it
+    (harness/architectures.py), which gets the other options.
     """
     count = len(prompt_ids)
     limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
@@ -228,14 +227,14 @@ def generate(model, prompt_ids, *, max_new_tokens, seeds=None, progress=True, by
     return list((by or serve)(model, requests, expected=count if progress else None, **options))
 
 
-@torch.no_grad()  # inference_mode would taint buffers that a model replaces while it runs
+@torch.no_grad()  # under inference_mode, buffers that a model replaces could not be trained on
 def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, expected=None):
     """Requests, any iterable of (prompt ids, limit, seed) -> yields their responses, lists of ids,
-    in the order of the requests, which are read no further than needed.
+    in the order of the requests. Reads only as many requests as it needs.
 
     A response ends with the first of `stop_ids` (kept), or at its limit; temperature 0 is greedy.
-    expected: how many will come (0: unknown), for a progress bar; None: no bar. Errors: those of
-    `make_slot`. Trap: until it is exhausted or closed, the model runs on a copy of its weights.
+    expected: the number of requests (0: unknown), for a progress bar; None: no bar. Errors: those
+    of `make_slot`. Trap: the model runs on a copy of its weights until the generator has ended.
     """
     check_settings(slots, temperature, top_p)
     coming = (make_slot(model.config, i, *request) for i, request in enumerate(requests))
@@ -250,7 +249,7 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
             while waiting or live:
                 free = min(slots - len(live), len(waiting))
                 enough = worth_a_prefill(slots, sampled / max(due + len(ended), 1))
-                # Not too far ahead of one that takes long: nobody can have what has ended since.
+                # Start no more while many ended responses wait for a slow one.
                 if free >= min(enough, len(waiting)) > 0 and len(ended) < 2 * AHEAD * slots:
                     taken = [waiting.pop() for _ in range(free)]
                     prefill(model, cache, [slot.prompt for slot in taken], len(live))
@@ -268,15 +267,15 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
                     due += 1
     finally:
         model.train(was_training)
-    yield from (ended[index] for index in sorted(ended))  # the model is its owner's again
+    yield from (ended[index] for index in sorted(ended))  # after the model is restored
 
 
 def worth_a_prefill(slots, length):
-    """How many slots must be free to refill them. A prefill costs about one step, however few
-    prompts are in it; a free slot wastes 1/slots of each step; slots / L of them end in a step (L:
-    the mean length so far, too high at first: it counts what is unfinished). Until k are free, a
-    prompt costs 1/k of a prefill and k L / (2 slots^2) steps of idling: least at
-    k = slots * sqrt(2 / L). Never more than half: all would wait for the few that take long."""
+    """The number k of free slots at which to refill them. A prefill costs about one step for any
+    number of prompts; a free slot wastes 1/slots of each step; slots / L of them end per step. (L:
+    the mean length so far; at first it is too high, as unfinished responses count.) With k, a
+    prompt costs 1/k of a prefill and k L / (2 slots^2) idle steps. The sum is smallest at
+    k = slots * sqrt(2 / L). At most half the slots, or all would wait for the slowest few."""
     return max(1, min(slots // 2, round(slots * (2 / max(length, 1)) ** 0.5)))
 
 
@@ -286,8 +285,8 @@ def longest_last(coming, count):
 
 
 def make_slot(config, index, ids, limit, seed):
-    """The Slot of a request. ValueError for an empty prompt, or one that does not fit the context
-    with its limit."""
+    """The Slot of a request. ValueError for an empty prompt, or if prompt and limit exceed the
+    context."""
     if len(ids) == 0:
         raise ValueError(f"prompt {index} has no tokens; there is nothing to predict from")
     if limit < 1:
@@ -299,15 +298,15 @@ def make_slot(config, index, ids, limit, seed):
 
 
 def check_settings(slots, temperature, top_p):
-    if slots < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:  # nan fails as well
+    if slots < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:  # nan fails, too
         raise ValueError(f"need slots >= 1, temperature >= 0, 0 < top_p <= 1; got {slots}, "
                          f"{temperature}, {top_p}")
 
 
 def context_length(config):
-    """Most tokens of prompt + response; infinite where the model names no limit (BLOOM). Some
-    rotary embeddings (dynamic, longrope) rescale ALL rows once ONE is long; they count up to there,
-    for no sample may depend on its neighbours."""
+    """Most tokens of prompt + response; infinite if the model has no limit (BLOOM). Some rotary
+    embeddings (dynamic, longrope) rescale ALL rows once ONE is long. Their limit is the length from
+    which they rescale, because no sample may depend on its neighbours."""
     config = config.get_text_config()
     lengths = [getattr(config, name, None) for name in (
         "max_position_embeddings", "max_seq_len", "context_length")]
@@ -322,9 +321,9 @@ def context_length(config):
 def prefill(model, cache, prompts, first):
     """Writes all tokens but the last of each prompt into slots first, first + 1, ...
 
-    The last token is the slot's first step, so there is one place where tokens are sampled. Padding
-    stands on the right, where causal attention never looks: no mask is needed, and what padding
-    leaves in the cache is overwritten before the slot's own position gets there.
+    The last token is the slot's first step, so tokens are sampled in one place only. Padding is on
+    the right, and causal attention looks to the left, so no mask is needed. The slot's own tokens
+    overwrite the padding in the cache before the slot's position reaches it.
     """
     length = max(map(len, prompts)) - 1
     if length == 0:
@@ -338,7 +337,7 @@ def prefill(model, cache, prompts, first):
 
 
 def step(model, cache, live):
-    """Feeds the last token of each live slot; returns the logits of the next ones, (n, V)."""
+    """Feeds the model each live slot's last token; returns the logits of the next ones, (n, V)."""
     last, positions = torch.tensor([[s.last for s in live], [s.position for s in live]],
                                    device=model.device)  # (n,) each
     length = max(s.position for s in live) + 1
@@ -350,9 +349,9 @@ def step(model, cache, live):
 
 
 def advance(live, cache, tokens, stop_ids):
-    """Appends each slot's token; takes the slots that end out of `live` and returns them."""
+    """Appends each slot's token, and moves the slots that end from `live` to the result."""
     ended = []
-    for row in reversed(range(len(live))):  # from behind: a row that moves has had its turn
+    for row in reversed(range(len(live))):  # from the end: a row that moves is done already
         slot = live[row]
         slot.response.append(tokens[row])
         slot.last, slot.position = tokens[row], slot.position + 1

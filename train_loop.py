@@ -289,9 +289,9 @@ def update(policy, optimizer, training_set, batch, u, from_reference):
         optimism_norm = clip(parameters, math.inf)
         optimizer.zero_grad()
     metrics, farthest = gradient(policy, training_set, batch,
-                                 functools.partial(selm.selm_loss, **terms))
+                                 functools.partial(selm.selm_loss, loss=s.loss, **terms))
     if u == 0 and from_reference:
-        check_update_zero(metrics["dpo_loss"], farthest, s.dtype)
+        check_update_zero(metrics["preference_loss"], farthest, s)
     norm = clip(parameters, s.max_grad_norm)
     if optimism_norm and norm:
         metrics["optimism_share"] = optimism_norm / norm
@@ -345,7 +345,7 @@ def roles(trees, logps):
 
 def optimism_alone(chosen, rejected, sampled, ref_chosen, ref_rejected, ref_sampled, *, alpha, beta,
                    optimism):
-    """The loss without its DPO part."""
+    """The loss without its pair loss: only the optimism term."""
     return selm.OPTIMISM[optimism](sampled, ref_sampled, alpha, beta), {}
 
 
@@ -371,14 +371,15 @@ def lr_factor(u, updates):
     return 0.5 * (1 + math.cos(math.pi * (u - warmup + 1) / (updates - warmup + 1)))
 
 
-def check_update_zero(dpo_loss, farthest, dtype):
+def check_update_zero(preference_loss, farthest, s):
     """Before the first update the policy IS the reference. RuntimeError if it is not."""
-    # The loss must be ln 2, but at beta 0.01 it hides errors of whole nats: look at those too.
-    allowed = 1e-2 if dtype == "fp32" else 0.5
-    if not (abs(dpo_loss - math.log(2)) < 1e-3 and farthest < allowed):
-        raise RuntimeError(f"the loss at update 0 is {dpo_loss:.6f} (ln 2 is 0.693147) and a "
-                           f"log-prob is {farthest:.3g} nats off: policy and reference disagree, "
-                           "so no number after this could be trusted")
+    agreed = selm.PREFERENCE_LOSS[s.loss](torch.zeros(1), s.beta).item()  # DPO: ln 2
+    # At beta 0.01 the loss hides errors of whole nats, so look at the log-probs as well.
+    allowed = 1e-2 if s.dtype == "fp32" else 0.5
+    if not (abs(preference_loss - agreed) < 1e-3 * max(1, agreed) and farthest < allowed):
+        raise RuntimeError(f"at update 0 the pair loss is {preference_loss:.6f} (it must be "
+                           f"{agreed:.6f}) and a log-prob is {farthest:.3g} nats off: policy and "
+                           "reference disagree, so no later number can be trusted")
 
 
 def chunks(items, size):

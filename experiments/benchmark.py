@@ -580,10 +580,6 @@ def sampling_prompts(settings):
 
 # The tricks of selm._TokenLogps, each left out: (its text, the text in its place) pairs.
 PIECES = {
-    "no chunk's exponentials are kept": [
-        ("in reversed(range(0, len(hidden), chunk_tokens)):",
-         "in range(0, len(hidden), chunk_tokens):"),
-        ("lm_logits if softcap is None and len(hidden) else None", "None")],
     "the weight's gradient takes a temporary a chunk": [
         ("grad_weight.addmm_(grad_logits.t(), h)", "grad_weight += grad_logits.t() @ h")],
     "logits take fresh memory a chunk": [("out=buffer[:, :len(hidden_chunk)]", "out=None")],

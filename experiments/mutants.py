@@ -35,6 +35,8 @@ MUTANTS = [
      "return -F.logsigmoid(beta * margin)", "return -F.logsigmoid(-beta * margin)", SELM),
     ("beta is dropped from DPO", "selm.py",
      "return -F.logsigmoid(beta * margin)", "return -F.logsigmoid(margin)", SELM),
+    ("IPO's margin has twice its target", "selm.py", "return (margin - 1 / (2 * beta)) ** 2",
+     "return (margin - 1 / beta) ** 2", SELM),
     ("chosen and rejected are swapped in DPO", "selm.py",
      "policy_logratios = policy_chosen_logps - policy_rejected_logps",
      "policy_logratios = policy_rejected_logps - policy_chosen_logps", SELM),
@@ -414,9 +416,14 @@ MUTANTS = [
     ("y is taken from the data", "rank.py", 'if source == "sampled"]',
      'if source == "data_chosen"]', BOOK),
     ("the ranking is ignored", "rank.py",
-     'pair = choose_pair(scores, texts) or (row["sampled"][0],) * 2', "pass", BOOK),
+     "= choose_pair(scores, texts) or equal",
+     '= index["data_chosen"], index["data_rejected"]', BOOK),
+    ("best and worst change places on their way into a row", "rank.py",
+     'row["chosen"], row["rejected"] = choose_pair', 'row["rejected"], row["chosen"] = choose_pair',
+     RANK),
     ("an empty sample drops its row", "rank.py",
-     'for source in ("data_chosen", "data_rejected")):', "for source in index):", LOOP
+     'for source, i in index.items() if source in ("data_chosen", "data_rejected")]',
+     "for i in index.values()]", LOOP
      + "::test_a_sample_that_ends_at_once_is_a_response_like_any_other_and_may_lose"),
     ("PairRM is believed to be antisymmetric", "rank.py", "(M - M.T)[place]", "(2 * M)[place]",
      RANK),
@@ -440,10 +447,11 @@ MUTANTS = [
      "(losses.sum() * PROCESSES / batch.examples).backward()",
      "losses.mean().backward()", LOOP
      + "::test_accumulated_micro_batches_equal_one_full_batch"),
-    ("XPO pushes the policy's own sample down", "rank.py", 'row["sampled"] = [reference]',
-     'row["sampled"] = [policy]', "tests/test_xpo.py"),
-    ("XPO's tie goes to the first model", "rank.py", "lost = scores[policy] < scores[reference]",
-     "lost = scores[policy] <= scores[reference]", "tests/test_xpo.py"),
+    ("XPO pushes the policy's own sample down", "rank.py",
+     'row["sampled"], equal = [index["reference"]],', 'row["sampled"], equal = [index["policy"]],',
+     "tests/test_xpo.py"),
+    ("XPO's tie goes to the first model", "rank.py", '(index["policy"], index["reference"])',
+     '(index["reference"], index["policy"])', "tests/test_xpo.py"),
     ("XPO's two samples change places", "train_loop.py", 'zip(("policy", "reference"), (y',
      'zip(("reference", "policy"), (y', "tests/test_xpo.py"),
     ("XPO's second sample is the policy's, too", "train_loop.py",
@@ -485,8 +493,15 @@ MUTANTS = [
      'and row["chosen"] != row["rejected"]]', LOOP
      + "::test_equal_pairs_keep_their_optimism_term_and_empty_data_is_dropped"),
     ("a wrong reference is not noticed", "train_loop.py",
-     "if not (abs(dpo_loss - math.log(2)) < 1e-3 and farthest < allowed):", "if False:", LOOP
+     "max(1, agreed) and farthest < allowed):", "max(1, agreed)):", LOOP
      + "::test_a_wrong_reference_is_stopped_before_the_first_update"),
+    ("a loss that is not the one of log-probs that agree is not noticed", "train_loop.py",
+     "if not (abs(preference_loss - agreed) < 1e-3 * max(1, agreed) and", "if not (", LOOP
+     + "::test_a_wrong_reference_is_stopped_before_the_first_update"),
+    ("update 0 must have DPO's loss, whatever the loss is", "train_loop.py",
+     "agreed = selm.PREFERENCE_LOSS[s.loss](", 'agreed = selm.PREFERENCE_LOSS["dpo"](', BOOK),
+    ("--loss is ignored", "train_loop.py", "selm.selm_loss, loss=s.loss, **terms",
+     "selm.selm_loss, **terms", BOOK),
 
     # --- what only a GPU would notice -----------------------------------------------------------
     ("the mask of a sampling step is made on the CPU", "sample.py",

@@ -2,7 +2,8 @@
 
 A recipe is a dictionary of settings; flags replace single ones. `read(argv)` returns a frozen
 `Settings`; what belongs together comes out of it as a small group (`settings.batching`, ...), and
-`settings.at(k)` is what iteration k uses. Imports nothing local.
+`settings.at(k)` is what iteration k uses. Of the project's files, it imports selm.py alone,
+for the names of the losses.
 
 Test: pytest tests/test_settings.py.
 """
@@ -16,6 +17,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+
+import selm
 
 # ----------------------------------------------------------------------------------------------
 # 1. Recipes: the paper's settings (released code where the paper is silent), and two small ones
@@ -100,6 +103,7 @@ class Settings:
     run_dir: Path
     alpha: float
     beta: float
+    loss: str
     optimism: str
     reference: str
     pairs: str
@@ -216,7 +220,9 @@ FLAGS = {
         "alpha": dict(type=float, help="optimism; 0 is iterative DPO; the paper: 1e-3 or 1e-4, "
                       "out of 5e-3 .. 1e-4"),
         "beta": dict(type=float, help="strength of the KL anchor; paper: 0.01"),
-        "optimism": dict(choices=["selm", "xpo", "popo"], default="selm", help="the term that "
+        "loss": dict(choices=list(selm.PREFERENCE_LOSS), default="dpo", help="of a pair, a name in "
+                     "selm.PREFERENCE_LOSS; ipo (arXiv 2310.12036) wants another alpha and --lr"),
+        "optimism": dict(choices=list(selm.OPTIMISM), default="selm", help="the term that "
                          "alpha scales: alpha beta r(y), r = log pi/pi_ref (SELM); alpha log pi(y) "
                          "(XPO); alpha / beta (sigmoid(beta r) - 1/2) (POPO)"),
         "reference": dict(choices=["previous", "initial"], default="previous", help="previous: "
@@ -426,7 +432,7 @@ def plan(settings, prompts, source):
     lines = [f"model   {s.model or 'made on the spot'}",
              f"data    {s.data or 'made on the spot'}: {prompts or '?'} prompts ({source})",
              f"ranker  {s.ranker}; of the evaluation: {s.eval_ranker or 'the same'}",
-             f"loss    beta {s.beta:g}, reference: {s.reference}", "",
+             f"loss    {s.loss}, beta {s.beta:g}, reference: {s.reference}", "",
              "iteration  prompts  samples  alpha   lr       updates  warm-up  tokens at most"]
     for k in range(s.first, s.first + s.iterations):
         at = s.at(k)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from harness.judges import load_judge, load_pairrm
-from rank import PairRM, choose_pair, length_batches, pairrm_texts
+from rank import PairRM, choose_pair, give_roles, length_batches, pairrm_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("benchmark_rank",
@@ -388,3 +388,16 @@ def test_ties_go_by_the_hash_of_the_text_and_equal_scores_give_no_pair():
     assert best == 0 and texts[worst] == max("bc", key=digest)
     assert choose_pair([0.3, 0.3, 0.3], texts) is None
     assert choose_pair([0.3], ["a"]) is None
+
+
+@pytest.mark.parametrize("scores, roles", [
+    ([0.1, 0.7, -2.0], (1, 2)), ([0.7, -2.0, 0.1], (0, 1)), ([-2.0, 0.1, 0.7], (2, 0)),
+    ([0.5, 0.5, 0.5], (2, 2)),  # all equal: y has both roles
+    (None, (0, 1))])  # no judge: the data's own pair
+def test_the_best_is_chosen_the_worst_rejected_and_y_stays_sampled(scores, roles):
+    """Catches best and worst that change places on their way from the scores into a row."""
+    row = {"dropped": None, "candidates": [{"sources": [source], "text": text} for source, text in (
+        ("data_chosen", "a"), ("data_rejected", "b"), ("sampled", "c"))]}
+    give_roles(row, scores)
+    assert (row["chosen"], row["rejected"], row["sampled"]) == (*roles, [2])
+    assert row["dropped"] is None

@@ -22,7 +22,7 @@ def make_run(folder, iteration=1, tokens=10, accuracy=0.7, logratio=-1.0, text="
     write_jsonl(folder / "metrics.jsonl", old + [
         {"iteration": iteration, "phase": "rank"} | counts] + [
         {"iteration": iteration, "phase": "train", "update": u, "loss": 0.69 - u / 100,
-         "dpo_loss": 0.6, "accuracy": accuracy, "sampled_logratio": logratio, "reward_margin": 0.1,
+         "preference_loss": 0.6, "accuracy": accuracy, "sampled_logratio": logratio, "reward_margin": 0.1,
          "grad_norm": 1.0} for u in range(5)] + [
         {"iteration": iteration, "phase": "eval", "score": 0.5, **(evals or {})}])
     return folder

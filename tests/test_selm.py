@@ -1,6 +1,7 @@
 """The objective against closed forms, Python floats, finite differences, torch's own functions."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -29,8 +30,8 @@ def test_log_probs_at_a_vocabulary_of_three_equal_a_hand_calculation():
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_chunked_gradients_pass_gradcheck(with_bias, softcap):
-    """A wrong sign, a lost chunk, a cap or bias that forward knows and backward forgets; the kept
-    first chunk that a second backward pass (gradcheck runs one) finds overwritten."""
+    """A wrong sign, a lost chunk, a cap or bias that forward knows and backward forgets; what a
+    second backward pass (gradcheck runs one) finds overwritten."""
     h, w, b, t = problem()
     inputs = [x.requires_grad_() for x in ((h, w, b) if with_bias else (h, w))]
 
@@ -60,7 +61,7 @@ def test_a_vocabulary_wide_gradient_skips_what_needs_none():
     for frozen in ("hidden", "weight"):
         context = SimpleNamespace(
             saved_tensors=(h, w, None, t, torch.zeros(len(h), 1), torch.ones(len(h), 1)),
-            first_exps=None, settings=(None, torch.float32, 4),
+            settings=(None, torch.float32, 4),
             needs_input_grad=(frozen != "hidden", frozen != "weight", False))
         grads = selm._TokenLogps.backward(context, torch.ones(len(h)))
         assert (grads[0] is None) == (frozen == "hidden")
@@ -138,6 +139,19 @@ def test_the_loss_equals_the_formula_on_python_floats(alpha, beta):
     losses, _ = selm.selm_loss(*x, alpha=alpha, beta=beta)
     expected = [loss_in_python_floats(*(v[i].item() for v in x), alpha, beta) for i in range(5)]
     assert losses.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name, formula", [
+    ("dpo", lambda margin, beta: math.log(1 + math.exp(-beta * margin))),
+    ("ipo", lambda margin, beta: margin**2 - margin / beta + 1 / (4 * beta**2))])
+def test_each_loss_of_a_pair_is_its_papers_formula(name, formula):
+    """A sign, a beta, or the 2 in IPO's target that is dropped. Oracle: Python floats, with IPO's
+    square multiplied out."""
+    pc, pr, ps, rc, rr, rs = logps(6)
+    for beta in (0.1, 1.0):
+        _, metrics = selm.selm_loss(pc, pr, ps, rc, rr, rs, alpha=0.3, beta=beta, loss=name)
+        expected = [formula(margin, beta) for margin in ((pc - rc) - (pr - rr)).tolist()]
+        assert metrics["preference_loss"].tolist() == pytest.approx(expected, rel=1e-9)
 
 
 def test_policy_equal_to_reference_gives_exactly_ln_2_and_no_optimism():
@@ -248,5 +262,19 @@ def test_metrics_are_the_implicit_rewards_and_their_margin_in_floats():
     assert metrics["sampled_logratio"].item() == pytest.approx(2.0)
     assert metrics["accuracy"].item() == 1.0
     dpo = math.log(1 + math.exp(-0.7 * 1.5))
-    assert metrics["dpo_loss"].item() == pytest.approx(dpo, rel=1e-5)
+    assert metrics["preference_loss"].item() == pytest.approx(dpo, rel=1e-5)
     assert metrics["loss"].item() == pytest.approx(dpo + 0.3 * 0.7 * 2.0, rel=1e-5)
+
+
+def test_the_example_of_the_derivation_has_true_numbers():
+    """A story about optimism that the formula does not tell: the promises V printed in selm.py's
+    header, and that the log-ratio of answer 0 holds them."""
+    ref, beta = [0.9997, 0.0001, 0.0001, 0.0001], 0.05
+    assert f"pi_ref = ({', '.join(map(str, ref))})" in selm.__doc__
+    found = re.findall(r"r = \(([-\d, ]+)\)   V = ([\d.]+)", selm.__doc__)
+    assert len(found) == 3
+    for rewards, promise in found:
+        weights = [p * math.exp(int(r) / beta) for p, r in zip(ref, rewards.split(","))]
+        assert round(beta * math.log(sum(weights)), 2) == float(promise)
+        policy_0 = weights[0] / sum(weights)
+        assert round(-beta * math.log(policy_0 / ref[0]), 2) == float(promise)

@@ -40,13 +40,14 @@ def judge(prompts, candidates):
             zip(toy.oracle()(prompts, candidates), candidates)]
 
 
-def by_textbook(world, alpha):
+def by_textbook(world, alpha, pair_loss="dpo"):
     model, tokenizer, portions = world
     policy, rounds = copy.deepcopy(model), []
     for examples, losses in textbook.self_explore(
             policy, tokenizer, portions, judge, alpha=alpha, beta=BETA, lr=LR, batch_size=BATCH,
             max_new_tokens=8, adam=dict(betas=(0.9, 0.95), eps=1e-3), max_grad_norm=MAX_NORM,
-            order=lambda k, n: random.Random(settings.stream(0, k, 0)).sample(range(n), n)):
+            pair_loss=pair_loss, order=lambda k, n: random.Random(
+                settings.stream(0, k, 0)).sample(range(n), n)):
         rounds.append((examples, losses))
     return rounds, policy
 
@@ -67,10 +68,11 @@ def run_loop(folder, model, tokenizer, portions, flags, judge=judge):
     return run.folder, portions
 
 
-def by_the_loop(world, alpha, folder):
+def by_the_loop(world, alpha, pair_loss, folder):
     """The same through files."""
     run, _ = run_loop(
-        folder, *world, f"--alpha {alpha} --beta {BETA} --lr {LR[0]} {LR[1]} --iterations 2 "
+        folder, *world, f"--alpha {alpha} --loss {pair_loss} --beta {BETA} --iterations 2 "
+        f"--lr {LR[0]} {LR[1]} "
         f"--batch-size {BATCH} --adam-betas 0.9 0.95 --adam-eps 1e-3 --max-grad-norm {MAX_NORM} "
         "--max-length 40 --eval-prompts 0 --max-prompt-length 20 --max-new-tokens 8 "
         "--tokens-per-forward 60 --slots 5")
@@ -91,12 +93,12 @@ def read_round(folder, k):
     return examples, losses
 
 
-@pytest.mark.parametrize("alpha", [0.3, 0.0])
-def test_the_loop_computes_what_the_textbook_computes(alpha, world, tmp_path):
+@pytest.mark.parametrize("alpha, pair_loss", [(0.3, "dpo"), (0.0, "dpo"), (0.3, "ipo")])
+def test_the_loop_computes_what_the_textbook_computes(alpha, pair_loss, world, tmp_path):
     """Any fault of the method, in any file: two iterations from the same start, prompts and
     settings give the same samples, pairs, losses and weights."""
-    expected, policy = by_textbook(world, alpha)
-    got, trained = by_the_loop(world, alpha, tmp_path)
+    expected, policy = by_textbook(world, alpha, pair_loss)
+    got, trained = by_the_loop(world, alpha, pair_loss, tmp_path)
     for (examples, losses), (own_examples, own_losses) in zip(expected, got, strict=True):
         assert own_examples == examples
         assert own_losses == pytest.approx(losses, abs=1e-5) and len(losses) == 3
@@ -108,11 +110,13 @@ def test_the_loop_computes_what_the_textbook_computes(alpha, world, tmp_path):
         assert difference < 1e-4 * weight.norm() and difference < 0.01 * moved, name
 
 
-def test_optimism_changes_the_run(world):
-    """alpha that is dropped on both sides: the comparison above would not see it."""
-    with_it, without = ([loss for _, losses in by_textbook(world, alpha)[0] for loss in losses]
-                        for alpha in (0.3, 0.0))
+def test_optimism_and_the_pair_loss_change_the_run(world):
+    """alpha or the loss's name dropped on both sides: the comparison above would not see it."""
+    with_it, without, ipo = (
+        [loss for _, losses in by_textbook(world, *options)[0] for loss in losses]
+        for options in ((0.3,), (0.0,), (0.3, "ipo")))
     assert max(abs(a - b) for a, b in zip(with_it, without)) > 0.01
+    assert max(abs(a - b) for a, b in zip(with_it, ipo)) > 0.01
 
 
 def test_the_textbook_shares_no_code_with_what_it_checks():

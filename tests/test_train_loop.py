@@ -179,7 +179,7 @@ def test_iterations_chain_and_the_reference_is_the_previous_policy(command, tmp_
                 assert logp == pytest.approx(plain_logps(before, [tree]).item(), abs=1e-3)
                 checked += 1
     assert checked >= 6
-    first_losses = [r["dpo_loss"] for r in training(tmp_path / "run") if r["update"] == 0]
+    first_losses = [r["preference_loss"] for r in training(tmp_path / "run") if r["update"] == 0]
     assert first_losses == pytest.approx([math.log(2)] * 2, abs=1e-6)
 
 
@@ -296,11 +296,11 @@ def ready_trees(policy):
     return trees
 
 
-def one_gradient(policy, trees, budget=10**6, alpha=0.3, beta=0.5):
+def one_gradient(policy, trees, budget=10**6, alpha=0.3, beta=0.5, loss="dpo"):
     """(metrics, farthest, micro-batches) of one update on all trees; the gradient stays in .grad."""
     batching = SimpleNamespace(batch_size=6, tokens_per_forward=budget, plain_rows=False)
     [batch] = data.plan_updates([tree.size for tree in trees], batching, seed=0)
-    loss = functools.partial(selm.selm_loss, alpha=alpha, beta=beta)
+    loss = functools.partial(selm.selm_loss, alpha=alpha, beta=beta, loss=loss)
     return *train_loop.gradient(policy, TrainingSet(trees), batch, loss), len(batch.micro_batches)
 
 
@@ -382,15 +382,21 @@ def test_the_optimism_share_is_what_the_closed_form_says(command, tmp_path):
     assert sum("optimism_share" in row for row in training(tmp_path / "run")) == 1
 
 
-def test_a_wrong_reference_is_stopped_before_the_first_update():
-    """Reference log-probs of another model, dtype or tokenisation: every later number is off."""
+@pytest.mark.parametrize("loss", selm.PREFERENCE_LOSS)
+def test_a_wrong_reference_is_stopped_before_the_first_update(loss):
+    """Reference log-probs of another model, dtype or tokenisation: every later number is off. A
+    check that demands ln 2 of every loss."""
+    s = SimpleNamespace(loss=loss, beta=0.01, dtype="fp32")
     policy = policies.Policy(make_model())
     trees = ready_trees(policy)
-    trees[0].ref_logps[0] += 0.5  # at the paper's beta this moves the loss by 4e-4 only
-    metrics, farthest, _ = one_gradient(policy, trees, beta=0.01)
+    metrics, farthest, _ = one_gradient(policy, trees, beta=0.01, loss=loss)
+    train_loop.check_update_zero(metrics["preference_loss"], farthest, s)
+    with pytest.raises(RuntimeError, match=f"must be {metrics['preference_loss']:.2f}"):
+        train_loop.check_update_zero(1.01 * metrics["preference_loss"], farthest, s)
+    trees[0].ref_logps[0] += 0.5  # at the paper's beta this moves DPO's loss by 4e-4 only
+    metrics, farthest, _ = one_gradient(policy, trees, beta=0.01, loss=loss)
     with pytest.raises(RuntimeError, match="0.5 nats off"):
-        train_loop.check_update_zero(metrics["dpo_loss"], farthest, "fp32")
-    train_loop.check_update_zero(math.log(2), 1e-5, "fp32")
+        train_loop.check_update_zero(metrics["preference_loss"], farthest, s)
 
 
 def test_the_schedule_warms_up_over_a_tenth_and_ends_near_zero():
