@@ -13,14 +13,14 @@ The model itself is transformers' own, unmodified. This file changes what happen
   - A policy is never in training mode. DPO compares two passes over the same text. Dropout or a
     router's noise would make them differ without any update.
 
-Some architectures cannot be packed. harness/architectures.py compares our numbers with the model's
+Some architectures cannot be packed. harness/models/compatibility.py compares our numbers with the model's
 own before a run. With --plain-rows, transformers does everything (mask, positions, attention,
 head).
 
 Replaces textbook.py's `logps` and its deep-copied reference. Leaves the loss to selm.py, the
-optimiser to train_loop.py, generation to sample.py, loading and saving to harness/weights.py,
-processes and LoRA to harness/scale.py.
-Test: pytest tests/test_model.py tests/test_architectures.py.    Read next: sample.py.
+optimiser to train_loop.py, generation to sample.py, loading and saving to harness/models/weights.py,
+processes and LoRA to harness/models/distributed.py.
+Test: pytest tests/test_model.py tests/test_compatibility.py.    Read next: sample.py.
 
 Legend: R responses, T tokens of a micro-batch, N response tokens, V vocabulary, H hidden size,
 A attention heads, D size of one head.

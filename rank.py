@@ -22,7 +22,7 @@ on its own, identical candidates are never compared, and attention moves half th
 (`disentangled_attention`). tests/test_rank.py compares the numbers with llm-blender's own.
 
 Replaces textbook.py's `rank`. Leaves loading of PairRM, all other judges and the command line below
-to harness/judges.py, and the loss to selm.py.
+to harness/judging/judges.py, and the loss to selm.py.
 
     python rank.py --input candidates.jsonl --ranker pairrm --output ranked.jsonl
 Test: pytest tests/test_rank.py.   Speed: experiments/benchmark_rank.py.   Next: train_loop.py.
@@ -31,9 +31,9 @@ Legend: B prompts, K candidates of one, R rows (pairs) of a forward pass, T toke
 H hidden size, h attention heads, d = H / h, P relative-position embeddings.
 """
 
-from harness import ends
+from harness.runs import exits
 
-ends.before(__name__, "nothing had begun")  # Ctrl-C is one line while libraries load, too
+exits.before(__name__, "nothing had begun")  # Ctrl-C is one line while libraries load, too
 
 import functools
 import hashlib
@@ -105,7 +105,7 @@ def give_roles(row, scores):
 class PairRM(nn.Module):
     """PairRM's inference. Parameters have the names of llm-blender's checkpoints.
 
-    config: DebertaV2Config; tokenizer: DeBERTa-v2 style ([CLS] text [SEP]). harness.judges makes
+    config: DebertaV2Config; tokenizer: DeBERTa-v2 style ([CLS] text [SEP]). harness.judging.judges makes
     both.
     """
 
@@ -288,5 +288,5 @@ def distinct(texts):
 
 
 if __name__ == "__main__":
-    from harness import judges
-    ends.run(judges.main, "finished scores are kept, and the same command goes on from there")
+    from harness.judging import judges
+    exits.run(judges.main, "finished scores are kept, and the same command goes on from there")

@@ -27,8 +27,8 @@ A sample depends only on its prompt and its seed, and not on the slots, the othe
 number of processes: each prompt has its own stream of uniform numbers, one per token. (Exception:
 with another number of rows, rounding differs and can decide a near tie differently.)
 
-Replaces textbook.py's `sample`. Leaves templates to harness/template.py, and loading to
-harness/weights.py. harness/architectures.py decides whether an architecture can use slots (a few
+Replaces textbook.py's `sample`. Leaves templates to harness/inputs/chat_template.py, and loading to
+harness/models/weights.py. harness/models/compatibility.py decides whether an architecture can use slots (a few
 need another attention, some another sampler).
 Run:  python sample.py --model runs/toy/iter_3/policy --prompt "describe the fox"
 Test: pytest tests/test_sample.py.    Read next: rank.py.
@@ -36,9 +36,9 @@ Test: pytest tests/test_sample.py.    Read next: rank.py.
 Legend: B prompts, n live slots, T tokens, V vocabulary, A heads, D size of one head.
 """
 
-from harness import ends
+from harness.runs import exits
 
-ends.before(__name__, "nothing had begun")  # Ctrl-C is one line while libraries load, too
+exits.before(__name__, "nothing had begun")  # Ctrl-C is one line while libraries load, too
 
 import math
 import random
@@ -167,7 +167,7 @@ def step_mask(config, positions, length, dtype):
     kinds = set(getattr(config, "layer_types", None) or ())
     if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
         raise ValueError("slots need layers whose attention takes a mask, not "
-                         f"{', '.join(unknown)}; harness/architectures.py finds another way")
+                         f"{', '.join(unknown)}; harness/models/compatibility.py finds another way")
     if not kinds:  # Llama has no window; Mistral and Phi-3 have one for all layers, or None
         return mask(window)
     masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
@@ -216,7 +216,7 @@ def generate(model, prompt_ids, *, max_new_tokens, seeds=None, progress=True, by
 
     max_new_tokens: an int, or B of them. seeds: B ints >= 0, each for all random numbers of its
     prompt; None draws them from torch's global generator. by: `serve` or a function like it
-    (harness/architectures.py), which gets the other options.
+    (harness/models/compatibility.py), which gets the other options.
     """
     count = len(prompt_ids)
     limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
@@ -365,5 +365,5 @@ def advance(live, cache, tokens, stop_ids):
 
 
 if __name__ == "__main__":
-    from harness import chat  # the command line: a prompt, a chat, AlpacaEval's outputs
-    ends.run(chat.main, goes_on="nothing was written")
+    from harness.runs import sample_command  # the command line: a prompt, a chat, AlpacaEval's outputs
+    exits.run(sample_command.main, goes_on="nothing was written")

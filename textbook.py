@@ -22,7 +22,7 @@ Everything here is plain: padded batches, full logits, a copy of the model as re
 `model.generate`. The other files compute the same numbers faster and in less memory. Each says
 which part of this page it replaces, and a test compares the two.
 
-    python textbook.py      SELM and DPO on the toy world (harness/toy.py), half a minute. With one
+    python textbook.py      SELM and DPO on the toy world (harness/inputs/toy.py), half a minute. With one
                             seed and half the rows, its numbers are not those of the README.
 
 Legend: B prompts, T tokens of the longest row, V vocabulary. Log-probs are in nats.
@@ -147,7 +147,7 @@ def lr_factor(step, steps):
 
 
 if __name__ == "__main__":
-    from harness import toy  # a tiny language whose true reward is known
+    from harness.inputs import toy  # a tiny language whose true reward is known
     torch.set_num_threads(1)
     start, tokenizer, portions, test_prompts = toy.textbook_world(seed=0, rows=256)
     prompt = [{"role": "user", "content": "describe the shark"}]  # one of the test prompts

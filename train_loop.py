@@ -8,7 +8,7 @@ checkpoint of a training; on one process or many.
 
     1  Algorithm 1     2  Its phases, in the order of the loop     3  One update
 
-No formula of the objective lives here (selm.py), no flag or command (harness/settings.py and
+No formula of the objective lives here (selm.py), no flag or command (harness/runs/settings.py and
 command.py), no file format (rundir.py), and of processes only "mine" and "all" (scale.py).
 
     python train_loop.py                                   the toy world, about a minute
@@ -20,9 +20,9 @@ Legend: B prompts of a micro-batch, R responses of all of them; logps are sums o
 nats; s is the Settings of an iteration, `start` (prepare.Start) what all arms of a run share.
 """
 
-from harness import ends
+from harness.runs import exits
 
-ends.before(__name__)  # first of all: Ctrl-C while the libraries load is one line, too
+exits.before(__name__)  # first of all: Ctrl-C while the libraries load is one line, too
 
 import functools
 import itertools
@@ -36,10 +36,13 @@ from tqdm import tqdm
 import data
 import rank
 import selm
-from harness import command, duel, held_out, outside, report, scale, weights
-from harness.evaluate import evaluation, ranking
-from harness.scale import PROCESS, PROCESSES, gather, say
-from harness.settings import stream
+from harness.inputs import engine_samples
+from harness.judging import duel, held_out
+from harness.models import distributed, weights
+from harness.runs import command, report
+from harness.judging.evaluation import evaluation, ranking
+from harness.models.distributed import PROCESS, PROCESSES, gather, say
+from harness.runs.settings import stream
 
 CHUNK = 1024  # prompts that are tokenised and judged together
 
@@ -61,7 +64,7 @@ def self_explore(run, start, settings):
         here, s = run.folder / f"iter_{k}", settings.at(k)
 
         # y ~ pi(.|x), then the best and the worst of {y, y_w, y_l}
-        draw = outside.samples if s.samples_from else sample_responses
+        draw = engine_samples.samples if s.samples_from else sample_responses
         samples = [once(here / "samples.jsonl", draw, portion, policy, start, s)]
         if s.pairs == "reference":  # XPO's: one of the first model, too, by other random numbers
             samples.append(once(here / "reference_samples.jsonl", draw, portion, start.policy,
@@ -71,7 +74,7 @@ def self_explore(run, start, settings):
         training_set = TrainingSet(pairs, policy if s.reference == "previous" else start.policy, s)
         # Its micro-batches must be those of update 0: with other ones it is made again, unless a
         # checkpoint lies behind that update, for training goes on with what it began with.
-        made_with = (None if scale.newest_checkpoint(here / "state") else
+        made_with = (None if distributed.newest_checkpoint(here / "state") else
                      [s.tokens_per_forward, PROCESSES])
         training_set.reference = once(here / "reference.jsonl", reference_logps, pairs,
                                       training_set, made_with=made_with)
@@ -169,18 +172,18 @@ def train(path, previous, training_set, chat, run):
     ends it between two of them, with a checkpoint for the same command to go on from."""
     s, policy = training_set.s, training_set.policy(previous)
     training_set.loaded = None, None  # training changes it: never hand it out as pi_ref again
-    parameters = scale.trained(policy)
+    parameters = distributed.trained(policy)
     optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=s.adam_betas, eps=s.adam_eps,
                                   weight_decay=0.0, fused=True)
     batches = [batch for epoch in training_set.epochs for batch in epoch]
     state, history = path.with_name("state"), []
-    if checkpoint := scale.newest_checkpoint(state):
-        history = scale.load_checkpoint(checkpoint, policy, optimizer)
+    if checkpoint := distributed.newest_checkpoint(state):
+        history = distributed.load_checkpoint(checkpoint, policy, optimizer)
         say(f"training goes on after update {len(history)} of {len(batches)}")
 
     bar = tqdm(batches[len(history):], "train", unit="update", leave=False, disable=PROCESS > 0,
                initial=len(history), total=len(batches))
-    with ends.sigterm_waits() as asked:
+    with exits.sigterm_waits() as asked:
         for u, batch in enumerate(bar, len(history)):
             optimizer.param_groups[0]["lr"] = lr = s.lr * lr_factor(u, len(batches))
             metrics = update(policy, optimizer, training_set, batch, u,
@@ -190,14 +193,14 @@ def train(path, previous, training_set, chat, run):
             run.show(history[-1])
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
             if any(gather(bool(asked))):
-                scale.save_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
-                raise ends.Terminated(f"the same command goes on after update {u + 1} of "
+                distributed.save_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
+                raise exits.Terminated(f"the same command goes on after update {u + 1} of "
                                       f"{len(batches)} of iteration {s.iteration}")
             if s.save_every and (u + 1) % s.save_every == 0 and u + 1 < len(batches):
-                scale.try_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
+                distributed.try_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
 
     del optimizer  # its moments: a policy takes memory to be saved
-    if not scale.all_finite(parameters):
+    if not distributed.all_finite(parameters):
         raise FloatingPointError(f"iteration {s.iteration}: the last update left weights that are "
                                  "not finite; lower --lr. Nothing of this training is saved")
     run.log(history)
@@ -308,7 +311,7 @@ def gradient(policy, training_set, batch, loss):
     farthest log-prob is from its reference, in nats. loss: roles -> losses (B,), metrics."""
     totals, farthest = {}, 0.0
     for i, micro_batch in enumerate(batch.micro_batches, 1):
-        scale.last_micro_batch(policy, i == len(batch.micro_batches))
+        distributed.last_micro_batch(policy, i == len(batch.micro_batches))
         trees = training_set.trees(micro_batch or [0])
         logps = forward(policy, trees, training_set.s.plain_rows)  # (R,)
         if not micro_batch:  # FSDP waits for every process: one tree, in vain
@@ -390,9 +393,9 @@ def chunks(items, size):
 
 
 def main(argv=None):
-    """The command: settings, what a run is made from, and its arms are harness/command.py's."""
+    """The command: settings, what a run is made from, and its arms are harness/runs/command.py's."""
     command.main(argv, self_explore)
 
 
 if __name__ == "__main__":
-    ends.run(main)
+    exits.run(main)

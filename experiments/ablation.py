@@ -4,7 +4,7 @@
     python experiments/ablation.py --quick    seconds, no evidence; writes to runs/ablation_quick/
     python experiments/ablation.py --draw --full     all measures, from the numbers that are there
 
-WORLDS (harness/toy.py): "neutral", where the commonest word is of average taste, is the one to
+WORLDS (harness/inputs/toy.py): "neutral", where the commonest word is of average taste, is the one to
 judge by. In "default" it is poor, which suits optimism; in "rare" the best words are the rarest.
 ARMS: alpha 0, 1e-4 .. 1; y greedy, as the authors' code samples, and at temperature 1, as the paper
 writes; SELM's term; POPO's at four times SELM's alpha, for its slope at the start is a quarter; and
@@ -69,7 +69,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from common import (MEASURES, SEEDS, World, cell, command, differences, draw_panels, errorbars,
                     markdown, mean_interval, minus, plain_logs)
 
-from harness import weights  # noqa: E402
+from harness.models import weights  # noqa: E402
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1)
 OF_Y = {"greedy y": dict(temperature=0.0), "y at temperature 1": dict(temperature=1.0)}

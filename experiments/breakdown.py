@@ -22,7 +22,7 @@ from pathlib import Path
 
 from common import ROOT, cell, markdown
 
-from harness.report import rows_of
+from harness.runs.report import rows_of
 
 SETS = {  # name -> the variables that choose it; "native" is whatever the processor offers
     "native": {},

@@ -32,9 +32,12 @@ from tqdm import tqdm  # noqa: E402
 
 import sample  # noqa: E402
 import train_loop  # noqa: E402
-from harness import judges, prepare, rundir, settings, template, toy, weights  # noqa: E402
-from harness import rows as preferences  # noqa: E402
-from harness.evaluate import mean_interval  # noqa: E402
+from harness.inputs import chat_template, toy  # noqa: E402
+from harness.judging import judges  # noqa: E402
+from harness.models import weights  # noqa: E402
+from harness.runs import run_folder, settings, setup  # noqa: E402
+from harness.inputs import preferences  # noqa: E402
+from harness.judging.evaluation import mean_interval  # noqa: E402
 
 SEEDS = range(10)  # named before the first run, used throughout, all reported
 SAMPLES = 32  # replies to each of the 48 test prompts in every measure
@@ -51,7 +54,7 @@ MEASURES = {"reward": "true reward", "share_good": "rewards > 0.75", "coverage":
 class World:
     """A toy world of one seed. home: a folder where worlds share their base models.
 
-    variant: harness.toy's; width: of the model; rows: preference rows an iteration; second_turn:
+    variant: harness.inputs.toy's; width: of the model; rows: preference rows an iteration; second_turn:
     every prompt asks for a second answer.
     """
 
@@ -71,15 +74,15 @@ class World:
             model, tokenizer = toy.train_base(seed, False, width, second_turn and every)
             model.save_pretrained(base)
             tokenizer.save_pretrained(base)
-        self.base, tokenizer = weights.load_model(base), template.load_tokenizer(base)
+        self.base, tokenizer = weights.load_model(base), chat_template.load_tokenizer(base)
         name, prompts = f"toy {variant} {seed} train", toy.repeated(train, iterations * rows, seed)
         records = [{"prompt_id": row["prompt_id"], "prompt": row["chosen"][:-1],
                     "data_chosen": row["chosen"][-1]["content"],
                     "data_rejected": row["rejected"][-1]["content"]}
                    for row in toy.preference_rows(prompts, variant, name)]
         judge = judges.load_judge("oracle", oracle=toy.oracle(variant))
-        self.start = prepare.Start(
-            rundir.Run(self.home), str(base), template.ChatFormat(tokenizer), sample.serve,
+        self.start = setup.Start(
+            run_folder.Run(self.home), str(base), chat_template.ChatFormat(tokenizer), sample.serve,
             "selm_tree", judge, preferences.split_portions(records, iterations, rows, seed), [])
 
     def policies(self, folder, start=None, **changes):
@@ -91,14 +94,14 @@ class World:
         changes["lr"] = (changes.get("lr", 6e-3),) * len(start.portions)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), (
                 contextlib.redirect_stderr(nowhere)):
-            train_loop.self_explore(rundir.Run(folder), start, replace(s, **changes))
+            train_loop.self_explore(run_folder.Run(folder), start, replace(s, **changes))
         return [folder / f"iter_{k}/policy" for k in range(1, len(start.portions) + 1)]
 
     def course(self, **changes):
         """The same -> the measures after each iteration."""
         with tempfile.TemporaryDirectory(dir=self.home) as folder:
             policies = self.policies(Path(folder), **changes)
-            shares = {row["iteration"]: row["optimism_share"] for _, row in rundir.read_jsonl(
+            shares = {row["iteration"]: row["optimism_share"] for _, row in run_folder.read_jsonl(
                 Path(folder) / "metrics.jsonl") if "optimism_share" in row}
             return [self.measure(policy) | {"share": shares.get(k, 0.0)}
                     for k, policy in enumerate(policies, 1)]
@@ -215,7 +218,7 @@ def errorbars(axis, xs, lists, label=None, **style):
 
 
 def plain_logs(*axes):
-    """Ticks of logarithmic axes as 0.01: harness/plots.py has turned matplotlib's math off."""
+    """Ticks of logarithmic axes as 0.01: harness/runs/plots.py has turned matplotlib's math off."""
     for axis in axes:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")

@@ -10,7 +10,7 @@
     sampling   greedy tokens of sample.generate against model.generate, fp32; slots that move
     offload    20 updates with --offload and without: the weights, fp32 and bf16
     toy        the default run on the GPU: does the true reward rise?
-    memory     torch's peak in training and in sampling against harness/plan.py, five shapes
+    memory     torch's peak in training and in sampling against harness/models/memory.py, five shapes
     speed      tokens a second of training and of sampling, five shapes
     (then: python -m pytest -q, and torchrun --nproc-per-node N train_loop.py ... where there are N)
 
@@ -46,7 +46,9 @@ import model as policies  # noqa: E402
 import sample  # noqa: E402
 import selm  # noqa: E402
 import train_loop  # noqa: E402
-from harness import architectures, plan, report, scale, settings, weights  # noqa: E402
+from harness.models import compatibility, distributed, weights  # noqa: E402
+from harness.models import memory as memory_plan  # noqa: E402
+from harness.runs import report, settings  # noqa: E402
 
 # (hidden size, inner size, layers, heads, heads of keys, vocabulary), flags
 SHAPES = {"0.25B": ((1024, 2816, 16, 16, 4, 32000), []),
@@ -83,7 +85,7 @@ def products(device, _):
 
 
 def attention(device, rehearse):
-    """harness/architectures.py's own check, which raises where a log-prob is off; and gradients as
+    """harness/models/compatibility.py's own check, which raises where a log-prob is off; and gradients as
     in training: fp32 weights, and autocast for bf16."""
     found, far, hidden = {}, {}, 64 if rehearse else 512
     for kind, dtype in itertools.product(("grouped heads", "window"),
@@ -95,7 +97,7 @@ def attention(device, rehearse):
                               num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
                               sliding_window=window), attn_implementation="selm_tree").eval()
         trees = [data.Tree([3 + i] * 20, [[9 + i] * 30, [7, 8] * 20], 0, 1, []) for i in range(3)]
-        found[f"{kind}, {dtype}, nats"] = architectures.self_check(
+        found[f"{kind}, {dtype}, nats"] = compatibility.self_check(
             policies.Policy(make().to(device, dtype)), data.pack, trees, max_length=128)
 
         def gradient(lm, autocast=None):
@@ -172,7 +174,7 @@ def memory(device, rehearse):
     found = {}
     for name, (shape, flags) in (TINY if rehearse else SHAPES).items():
         s = read(shape, flags, device, rehearse)
-        planned = plan.phases(s)
+        planned = memory_plan.phases(s)
         for phase, work in (("training", lambda: train(s, 2 * s.batch_size)),
                             ("sampling", lambda: answer(s, 2 * s.slots))):
             peak = peak_of(device, work)
@@ -199,7 +201,7 @@ def speed(device, rehearse):
         tokens = train(s, 4 * s.batch_size) / 4
         train_loop.update = update
         second = statistics.median(seconds[1:])  # the first one measures optimism's share, too
-        n = plan.passes(s.model, s.compute, plan.micro_batch(s), bool(s.offload)).weights
+        n = memory.passes(s.model, s.compute, memory.micro_batch(s), bool(s.offload)).weights
         new, took = answer(s, s.slots)
         found[name] = {"training tokens/s": tokens / second, "an update, s": second,
                        "TFLOP/s": (6 + 2 * s.gradient_checkpointing) * n * tokens / second / 1e12,
@@ -268,7 +270,7 @@ def train(s, prompts, look=lambda policy: None):
     weights.save_policy = lambda policy, *_: look(policy)
     train_loop.train(Path(s.model) / "policy", s.model, training_set,
                      SimpleNamespace(tokenizer=None, stop_ids=()), Mock())
-    scale.stop()
+    distributed.stop()
     return sum(size.tokens for _, size in training_set.usable) * s.epochs
 
 

@@ -43,7 +43,7 @@ import transformers  # noqa: E402
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
 
 import train_loop  # noqa: E402, F401  for its libraries
-from harness import toy  # noqa: E402
+from harness.inputs import toy  # noqa: E402
 
 OURS = {file.stem for file in ROOT.glob("*.py")} | {"harness"}
 fork = multiprocessing.get_context("fork")

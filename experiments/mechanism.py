@@ -71,9 +71,12 @@ from common import (MEASURES, SEEDS, World, cell, command, differences, draw_pan
 
 import sample  # noqa: E402
 import textbook  # noqa: E402
-from harness import judges, rows as preferences, rundir, template, weights  # noqa: E402
-from harness.evaluate import mean_interval  # noqa: E402
-from harness.settings import stream  # noqa: E402
+from harness.inputs import chat_template, preferences  # noqa: E402
+from harness.judging import judges  # noqa: E402
+from harness.models import weights  # noqa: E402
+from harness.runs import run_folder  # noqa: E402
+from harness.judging.evaluation import mean_interval  # noqa: E402
+from harness.runs.settings import stream  # noqa: E402
 
 ALPHA = 0.3
 RATE = 6e-3  # the toy's learning rate
@@ -151,9 +154,9 @@ def gradient_sizes(alphas, samples, home, seed):
         folder, shares = world.home / f"size_{seed}_{name}", {}
         for alpha in alphas:
             world.policies(folder / f"{alpha}", alpha=alpha, temperature=temperature)
-            [shares[alpha]] = [row["optimism_share"] for _, row in rundir.read_jsonl(
+            [shares[alpha]] = [row["optimism_share"] for _, row in run_folder.read_jsonl(
                 folder / f"{alpha}/metrics.jsonl") if "optimism_share" in row]
-        rows = list(rundir.Rows(folder / f"{alpha}/iter_1/pairs.jsonl"))
+        rows = list(run_folder.Rows(folder / f"{alpha}/iter_1/pairs.jsonl"))
         result[name] = {"shares": shares, **gradient_norms(world.base, rows),
                         "norms": norms_of_means(world, temperature, samples)}
     return result
@@ -209,7 +212,7 @@ def norms_of_means(world, temperature, samples, batch=32):
 def share_table(model, pairs, rows=32):
     """What --share prints: alpha -> share, and the alphas of three shares. The pairs are of
     iteration 1, whose first update has this model for its policy and its reference."""
-    pairs = list(rundir.Rows(pairs))
+    pairs = list(run_folder.Rows(pairs))
     pairs = random.Random(0).sample(pairs, min(int(rows), len(pairs)))
     norms = gradient_norms(weights.load_model(model, attention="eager"), pairs)
     lines = [[f"{alpha:g}", *(f"{share:.2%}" for share in closed_form(norms, alpha))]
@@ -226,7 +229,7 @@ def share_table(model, pairs, rows=32):
 def habit_of(model, data, judge, prompts=48, samples=4, limit=112):
     """What --habit prints: the judge's mean score of greedy and of sampled answers, and how often a
     sampled answer beats the greedy one. Prompts are shuffled by seed 0."""
-    chat = template.ChatFormat(template.load_tokenizer(model), weights.model_stop_ids(model))
+    chat = chat_template.ChatFormat(chat_template.load_tokenizer(model), weights.model_stop_ids(model))
     records = {preferences.prompt_key(r): r for r in preferences.load_preferences(data)}
     records = random.Random(0).sample(list(records.values()), min(int(prompts), len(records)))
     lm, judge = weights.load_model(model), judges.load_judge(judge)

@@ -22,10 +22,10 @@ import rank  # noqa: E402
 import sample  # noqa: E402
 import selm  # noqa: E402
 import train_loop  # noqa: E402
-from harness import rows, toy  # noqa: E402
-from harness.rundir import write_jsonl, write_text  # noqa: E402
-from harness.settings import RECIPES  # noqa: E402
-from harness.template import ChatFormat  # noqa: E402
+from harness.inputs import preferences, toy  # noqa: E402
+from harness.runs.run_folder import write_jsonl, write_text  # noqa: E402
+from harness.runs.settings import RECIPES  # noqa: E402
+from harness.inputs.chat_template import ChatFormat  # noqa: E402
 from model import Policy  # noqa: E402
 
 ALPHA, BETA, NUMBER = RECIPES["toy"]["alpha"], RECIPES["toy"]["beta"], 1
@@ -42,7 +42,7 @@ def trace():
         prompts = [toy.question(*pair) for pair in toy.split_prompts()[0][:4]]
         line = toy.preference_rows(prompts, "default", "one record")[NUMBER]
         write_jsonl(Path(folder) / "prefs.jsonl", [line])
-        [record] = rows.load_preferences(Path(folder) / "prefs.jsonl")
+        [record] = preferences.load_preferences(Path(folder) / "prefs.jsonl")
     [(_, prompt_ids, given)] = data.encode([record], chat, **LIMITS)
     [y] = sample.generate(lm, [prompt_ids], stop_ids=chat.stop_ids, max_new_tokens=8, slots=1,
                           seeds=[0], progress=False)
@@ -109,7 +109,7 @@ def page(t):
 Made by `python experiments/one_record.py`; every number is checked by `tests/test_one_record.py`.
 The record is one of the toy world's, the policy its base model, alpha = {ALPHA}, beta = {BETA}.
 
-## 1. A line of the preference file (`harness/rows.py`)
+## 1. A line of the preference file (`harness/inputs/preferences.py`)
 
 ```json
 {json.dumps(t['line'])}
@@ -118,7 +118,7 @@ The record is one of the toy world's, the policy its base model, alpha = {ALPHA}
 The prompt is what chosen and rejected share; the responses are the assistant's last turns, from here
 on `data_chosen` = "{t['record']['data_chosen']}" and `data_rejected` = "{t['record']['data_rejected']}".
 
-## 2. Ids (`harness/template.py`, `data.encode`)
+## 2. Ids (`harness/inputs/chat_template.py`, `data.encode`)
 
 The model's own chat template writes the prompt up to where the answer begins,
 `{prompt}`, as {row['prompt_ids']},

@@ -65,8 +65,10 @@ from common import (World, cell, command, differences, draw_panels, errorbars, m
 from torch.nn.functional import softplus
 
 import sample  # noqa: E402
-from harness import rundir, toy, weights  # noqa: E402
-from harness.settings import stream  # noqa: E402
+from harness.inputs import toy  # noqa: E402
+from harness.models import weights  # noqa: E402
+from harness.runs import run_folder  # noqa: E402
+from harness.runs.settings import stream  # noqa: E402
 
 HEADS, CHOICES, STEPS = 8, 8, 300
 FULL = dict(seeds=range(5), widths=(32, 64, 128), rows=(128, 512, 2048),
@@ -165,7 +167,7 @@ def ensemble(world, folder, thompson):
             choose, heads, thompson))
         [policy] = map(str, world.policies(folder / str(k), start, alpha=0.0, temperature=1.0))
         policies.append(policy)
-        for row in rundir.Rows(folder / f"{k}/iter_1/pairs.jsonl"):
+        for row in run_folder.Rows(folder / f"{k}/iter_1/pairs.jsonl"):
             if not row["dropped"] and row["chosen"] != row["rejected"]:
                 best, worst = (row["candidates"][row[role]]["ids"] for role in ("chosen",
                                                                                 "rejected"))

@@ -33,9 +33,11 @@ import sample  # noqa: E402
 import selm  # noqa: E402
 import textbook  # noqa: E402
 import train_loop  # noqa: E402
-from harness import report, rows, template, weights  # noqa: E402
-from harness.evaluate import mean_interval  # noqa: E402
-from harness.rundir import write_text  # noqa: E402
+from harness.inputs import chat_template, preferences  # noqa: E402
+from harness.models import weights  # noqa: E402
+from harness.runs import report  # noqa: E402
+from harness.judging.evaluation import mean_interval  # noqa: E402
+from harness.runs.run_folder import write_text  # noqa: E402
 
 REAL_DATA = ROOT.parent / "shared" / "data" / "prefs_real.jsonl"
 SEEDS = range(5)
@@ -91,7 +93,7 @@ def load_smollm2():
     gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None) if spec else None
     if gguf and REAL_DATA.exists():
         return (weights.load_model(gguf),
-                template.ChatFormat(template.load_tokenizer(gguf), weights.model_stop_ids(gguf)))
+                chat_template.ChatFormat(chat_template.load_tokenizer(gguf), weights.model_stop_ids(gguf)))
     return None
 
 
@@ -200,7 +202,7 @@ def main(argv=None):
         schedule_from_zero(seeds))
     smollm2 = None if args.quick else load_smollm2()
     if smollm2:
-        records = sorted(rows.load_preferences(REAL_DATA), key=lambda r: len(str(r)))[100:124]
+        records = sorted(preferences.load_preferences(REAL_DATA), key=lambda r: len(str(r)))[100:124]
         results["effects"] |= {f"log pi(response), nats: {name}" if "share" not in name
                                and "log pi" not in name else name: value
                                for name, value in on_smollm2(*smollm2, records).items()}

@@ -18,8 +18,8 @@ import regret
 from common import errorbars, plain_logs
 from matplotlib import pyplot as plt
 
-from harness import plots
-from harness.report import rows_of
+from harness.runs import plots
+from harness.runs.report import rows_of
 
 HERE = Path(__file__).parent
 

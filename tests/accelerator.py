@@ -33,7 +33,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 with mock.patch.object(torch, "inference_mode", torch.no_grad):
     import model as policies
     import train_loop
-    from harness import scale, settings, weights
+    from harness.models import distributed, weights
+    from harness.runs import settings
 
 aten = torch.ops.aten
 COPIES = {aten.copy_.default, aten._to_copy.default}  # may have tensors of two devices
@@ -226,7 +227,7 @@ def pretended():
                 (train_loop.command, "finish", lambda *_: None),  # figures need no accelerator
                 (policies, "causal_lower_right", plain_bias),
                 (weights, "_write_policy", write_from_cpu),
-                (scale, "_backend", lambda device: "cpu:gloo,gpu:gloo"),
+                (distributed, "_backend", lambda device: "cpu:gloo,gpu:gloo"),
                 (_fsdp_init, "_move_states_to_device", move),
                 (_fsdp_param, "free_storage", memory.free),
                 (_fsdp_param, "alloc_storage", memory.take),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import data
-from harness import rows
+from harness.inputs import preferences
 
 def record(prompt, number=0, name=None):
     return {"prompt_id": name or f"{prompt} {number}", "data_chosen": str(number),
@@ -27,17 +27,17 @@ def test_portions_are_disjoint_of_equal_size_and_repeat_with_the_seed():
     """A prompt that is trained on in two iterations; a shuffle that differs from run to run, or
     from that of runs that are under way."""
     records = [record(str(i)) for i in range(100)]
-    portions = rows.split_portions(records, 3, seed=5)
+    portions = preferences.split_portions(records, 3, seed=5)
     shuffled = random.Random(5).sample(records, 100)
     assert portions == [shuffled[:33], shuffled[33:66], shuffled[66:99]]
-    assert rows.split_portions(records, 3, seed=6) != portions
+    assert preferences.split_portions(records, 3, seed=6) != portions
     shuffled = random.Random(0).sample(records, 100)
-    assert rows.split_portions(records, 3, limit=10) == [shuffled[i:i + 10] for i in (0, 10, 20)]
-    assert rows.split_portions(records, 1) == [shuffled]
+    assert preferences.split_portions(records, 3, limit=10) == [shuffled[i:i + 10] for i in (0, 10, 20)]
+    assert preferences.split_portions(records, 1) == [shuffled]
     with pytest.raises(ValueError, match="cannot be split"):
-        rows.split_portions(records[:2], 3)
+        preferences.split_portions(records[:2], 3)
     with pytest.raises(ValueError, match="2 prompts cannot be split"):
-        rows.split_portions([record("a", i) for i in range(50)] + [record("b")], 3)
+        preferences.split_portions([record("a", i) for i in range(50)] + [record("b")], 3)
 
 
 @pytest.mark.parametrize("limit", [None, 7])
@@ -48,7 +48,7 @@ def test_a_prompt_with_many_pairs_stays_in_one_portion_whatever_its_ids_say(pair
     than others, by a prompt with many pairs; one id for all rows that makes them one prompt."""
     records = [record(f"prompt {i}" + " " * (k % 2), k, "train") for i, n in enumerate(pairs)
                for k in range(n)]
-    portions = rows.split_portions(records, 3, limit)
+    portions = preferences.split_portions(records, 3, limit)
     seen = [{p.strip() for p in prompts(portion)} for portion in portions]
     assert all(seen) and sum(map(len, seen)) == len(set.union(*seen))
     sizes = list(map(len, portions))
@@ -67,7 +67,7 @@ def test_portions_share_what_a_heavy_prompt_leaves_over():
     """The last portion gets the crumbs, because the first took its third of all records."""
     records = [record("heavy", k) for k in range(40)] + [record(str(i)) for i in range(60)]
     for seed in range(5):
-        assert list(map(len, rows.split_portions(records, 3, seed=seed))) == [40, 30, 30]
+        assert list(map(len, preferences.split_portions(records, 3, seed=seed))) == [40, 30, 30]
 
 
 def test_prompts_with_many_pairs_do_not_crowd_into_the_first_portion():
@@ -75,7 +75,7 @@ def test_prompts_with_many_pairs_do_not_crowd_into_the_first_portion():
     records = [record(f"{n} {i}", k) for n, count in ((1, 300), (6, 150)) for i in range(count)
                for k in range(n)]
     many = [sum(p[0] == "6" for p in prompts(portion))
-            for portion in rows.split_portions(records, 3)]
+            for portion in preferences.split_portions(records, 3)]
     assert sum(many) == 150 and max(many) < 70
 
 
@@ -83,16 +83,16 @@ def test_held_out_prompts_leave_training_with_all_their_pairs():
     """Held-out prompts that are trained on under another id (20 of 20 in one trial)."""
     unique = [record(str(i)) for i in range(100)]
     shuffled = random.Random(3).sample(unique, 100)
-    assert rows.hold_out(unique, 8, 3) == (shuffled[8:], shuffled[:8])
-    assert rows.hold_out(unique, 50, 3) == (shuffled[20:], shuffled[:20])  # a fifth at most
-    assert rows.hold_out(unique, 0, 3) == (shuffled, [])
+    assert preferences.hold_out(unique, 8, 3) == (shuffled[8:], shuffled[:8])
+    assert preferences.hold_out(unique, 50, 3) == (shuffled[20:], shuffled[:20])  # a fifth at most
+    assert preferences.hold_out(unique, 0, 3) == (shuffled, [])
     repeated = [record(str(i % 50), i) for i in range(200)]
-    training, held_out = rows.hold_out(repeated, 8)
+    training, held_out = preferences.hold_out(repeated, 8)
     assert len(held_out) == len(prompts(held_out)) == 8 and len(training) == 200 - 8 * 4
     assert not prompts(training) & prompts(held_out)
-    assert len(rows.hold_out(repeated, 30)[1]) == 10  # 10 prompts take 40 of the 200 rows along
+    assert len(preferences.hold_out(repeated, 30)[1]) == 10  # 10 prompts take 40 of the 200 rows along
     test_split = [record(" 7\n", name="other"), record("elsewhere")]
-    assert rows.leave_out(unique, test_split) == unique[:7] + unique[8:]
+    assert preferences.leave_out(unique, test_split) == unique[:7] + unique[8:]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ import pytest
 from conftest import ROOT
 
 import train_loop
-from harness import chat, duel, ends
-from harness.evaluate import length_controlled, wilson
-from harness.judges import load_judge
-from harness.rundir import Rows, read_record, write_jsonl
+from harness.judging import duel
+from harness.runs import exits, sample_command
+from harness.judging.evaluation import length_controlled, wilson
+from harness.judging.judges import load_judge
+from harness.runs.run_folder import Rows, read_record, write_jsonl
 from test_judges import save_reward_model
 from test_train_loop import command, rows, write_model  # noqa: F401 (command is a fixture)
 
@@ -188,7 +189,7 @@ def outputs(path, texts):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "harness.duel", *arguments], cwd=ROOT,
+    return subprocess.run([sys.executable, "-m", "harness.judging.duel", *arguments], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)
 
 
@@ -220,13 +221,13 @@ def test_what_sample_py_writes_is_judged_by_a_reward_model(tmp_path, capsys):
     instructions = ["the cat", "hello there", "the moon"]
     (tmp_path / "in.json").write_text(json.dumps([{"instruction": x} for x in instructions]))
     mine = str(tmp_path / "mine.json")
-    chat.main(["--model", write_model(tmp_path / "model"), "--max-new-tokens", "6",
+    sample_command.main(["--model", write_model(tmp_path / "model"), "--max-new-tokens", "6",
                "--alpaca-eval", str(tmp_path / "in.json"), "--output", mine])
     theirs = outputs(tmp_path / "theirs.json", [(x, "how are you?") for x in instructions[::-1]])
     reward = f"reward:{save_reward_model(tmp_path / 'reward', 'qwen3')}"
     duel.main(["--outputs", mine, "--reference", theirs, "--ranker", reward])
     texts = [row["output"] for row in json.loads(Path(mine).read_text())]
-    scores = load_judge(reward)([chat.user_turn(x) for x in instructions],
+    scores = load_judge(reward)([sample_command.user_turn(x) for x in instructions],
                                 [[text, "how are you?"] for text in texts])
     wins = sum(a > b for a, b in scores)
     assert f"win rate                    {wins / 3:.3f}" in capsys.readouterr().out
@@ -244,10 +245,10 @@ def test_files_that_do_not_belong_together_are_refused_by_name(theirs, words, tm
     mine = outputs(tmp_path / "mine.json", [("do 1", "a"), ("do 2", "a")])
     with pytest.raises(ValueError, match=words):
         duel.matched(mine, outputs(tmp_path / "theirs.json", theirs))
-    monkeypatch.setattr(ends.signal, "signal", lambda *handler: None)  # pytest keeps its own
+    monkeypatch.setattr(exits.signal, "signal", lambda *handler: None)  # pytest keeps its own
     files = ["--outputs", mine, "--reference", str(tmp_path / "theirs.json")]
     with pytest.raises(SystemExit, match="error: "):
-        ends.run(lambda: duel.main(files))
+        exits.run(lambda: duel.main(files))
 
 
 def test_scores_are_not_kept_in_what_is_judged(tmp_path):

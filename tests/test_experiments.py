@@ -22,8 +22,9 @@ import open_questions  # noqa: E402
 import what_for  # noqa: E402
 
 import train_loop  # noqa: E402
-from harness import toy, weights  # noqa: E402
-from harness.report import rows_of  # noqa: E402
+from harness.inputs import toy  # noqa: E402
+from harness.models import weights  # noqa: E402
+from harness.runs.report import rows_of  # noqa: E402
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import torch
 
 import train_loop
 from conftest import make_model, make_tokenizer
-from harness import template, weights
+from harness.inputs import chat_template
+from harness.models import weights
 from test_train_loop import SMALL, weights_of, write_judge, write_preferences
 
 
@@ -70,9 +71,9 @@ def test_a_gguf_file_is_loaded_with_its_weights_template_and_stop_tokens(start):
     loaded = weights.load_model(path)
     ids = torch.tensor([[5, 6, 7, 99]])
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
-    own = template.load_tokenizer(path)
+    own = chat_template.load_tokenizer(path)
     text = [{"role": "user", "content": "hello there, the cat"}]
-    ours, theirs = template.ChatFormat(own), template.ChatFormat(tokenizer)
+    ours, theirs = chat_template.ChatFormat(own), chat_template.ChatFormat(tokenizer)
     assert ours.prompt_ids(text) == theirs.prompt_ids(text)
     assert ours.response_ids(text, "sat on") == theirs.response_ids(text, "sat on")
     assert 2 in weights.model_stop_ids(path)

@@ -1,4 +1,4 @@
-"""Tests of harness/judges.py: whoever scores, and the command line `python rank.py`."""
+"""Tests of harness/judging/judges.py: whoever scores, and the command line `python rank.py`."""
 
 import dataclasses
 import http.server
@@ -22,9 +22,10 @@ import torch
 from conftest import ARCHITECTURES, ROOT, TEMPLATES, make_tokenizer
 
 import data as our_data
-from harness import ends, evaluate, judges, prepare
-from harness.judges import load_judge, with_length_penalty
-from harness.rundir import printable
+from harness.judging import evaluation, judges
+from harness.runs import exits, setup
+from harness.judging.judges import load_judge, with_length_penalty
+from harness.runs.run_folder import printable
 
 PROMPTS = ["hello, how are you!", "I love you!", "Write a line\nabout  the sea, please."]
 CANDIDATES = [["get out!", "hi! I am fine, thanks!", "bye!"],
@@ -196,7 +197,7 @@ def test_a_score_too_large_to_be_averaged_is_refused_and_smaller_ones_are_not(va
         judge(MESSAGES[:2], [["a", "b"], ["c", "d"]], ["first", "second"], tmp_path / "scores")
     [row] = lines(tmp_path / "scores")
     assert row["scores"] == [0.0, 1e100]
-    assert all(map(math.isfinite, evaluate.mean_interval([-1e100, 1e100, 1e100])))
+    assert all(map(math.isfinite, evaluation.mean_interval([-1e100, 1e100, 1e100])))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -404,7 +405,7 @@ def test_scores_that_other_processes_have_left_are_not_asked_for_again(counting,
     judge, asked = counting
     judge(MESSAGES, CANDIDATES, "abc", tmp_path / "scores7.jsonl")
     asked()
-    start = prepare.Start(SimpleNamespace(folder=tmp_path), "", None, None, "", judge, [], [])
+    start = setup.Start(SimpleNamespace(folder=tmp_path), "", None, None, "", judge, [], [])
     assert start.judging(tmp_path)(MESSAGES, CANDIDATES, "abc") == LENGTHS and asked() == ""
 
 
@@ -448,7 +449,7 @@ def test_scores_are_on_disk_before_the_next_call(make_judge, tmp_path, monkeypat
     assert len(synced) == 1
     kept = tmp_path / "scores.jsonl"
     spec = make_judge(f"    if os.path.exists('{kept}'): os._exit(7)\n" + BY_LENGTH, "import os")
-    code = ("from harness.judges import load_judge\n"
+    code = ("from harness.judging.judges import load_judge\n"
             f"load_judge({spec!r})([{MESSAGES[0]!r}] * 65, [['a', 'b']] * 65, kept={str(kept)!r})")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
     assert done.returncode == 7 and [row["prompt_id"] for row in lines(kept)] == [
@@ -971,9 +972,9 @@ def rank(tmp_path, monkeypatch):
     def run(spec, *extra):
         files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
         monkeypatch.setattr(sys, "argv", ["rank.py", *files, "--ranker", spec, *extra])
-        monkeypatch.setattr(ends.signal, "signal", lambda *handler: None)  # pytest keeps its own
+        monkeypatch.setattr(exits.signal, "signal", lambda *handler: None)  # pytest keeps its own
         with pytest.raises(SystemExit) as stop:
-            ends.run(judges.main)
+            exits.run(judges.main)
         return stop.value.code
     return run
 
@@ -1127,10 +1128,10 @@ def test_ctrl_c_and_a_judge_that_exits_end_in_one_line_and_no_success(make_judge
 def test_a_thread_that_never_ends_keeps_no_command_alive(fault, code):
     """Catches a finished run that hangs for ever on a judge's thread, and output that is lost or an
     exit code that changes because it does not wait. A thread that ends is waited for."""
-    script = ("import threading, time\nfrom harness import ends\nends.LEAVE_AFTER = 0.2\n"
+    script = ("import threading, time\nfrom harness.runs import exits\nexits.LEAVE_AFTER = 0.2\n"
               "def main():\n"
               "    threading.Thread(target=time.sleep, args=[20], name='poller').start()\n"
-              f"    print('all is done')\n    {fault}\nends.run(main)")
+              f"    print('all is done')\n    {fault}\nexits.run(main)")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
                           timeout=10)
     assert (done.returncode, done.stdout) == (code, "all is done\n")

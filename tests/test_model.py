@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import model as policies
 from conftest import ARCHITECTURES, SIZES, VOCABULARY, make_model, make_tokenizer
-from harness import architectures, scale, weights
+from harness.models import compatibility, distributed, weights
 
 
 def make_trees(seed=0, sizes=((5, (4, 7)), (3, (6, 2, 9)), (11, (1,)))):
@@ -58,7 +58,7 @@ def test_packed_log_probs_and_gradients_equal_one_by_one_forwards(architecture):
 def test_the_self_check_passes_where_packing_is_exact(architecture):
     """A self-check that cries wolf."""
     policy = policies.Policy(make_model(architecture))
-    assert architectures.self_check(policy, data.pack, make_trees()) < 1e-4
+    assert compatibility.self_check(policy, data.pack, make_trees()) < 1e-4
 
 
 def test_the_self_check_stops_an_architecture_that_ignores_position_ids():
@@ -67,7 +67,7 @@ def test_the_self_check_stops_an_architecture_that_ignores_position_ids():
     forward = policy.backbone.forward
     policy.backbone.forward = lambda *a, **k: forward(*a, **{**k, "position_ids": None})
     with pytest.raises(ValueError, match="--plain-rows"):
-        architectures.self_check(policy, data.pack, make_trees())
+        compatibility.self_check(policy, data.pack, make_trees())
 
 
 def test_the_self_check_stops_an_architecture_with_scaled_logits():
@@ -81,14 +81,14 @@ def test_the_self_check_stops_an_architecture_with_scaled_logits():
         return output
     policy.causal_lm.forward = scaled
     with pytest.raises(ValueError, match="differ by .* nats"):
-        architectures.self_check(policy, data.pack, make_trees())
+        compatibility.self_check(policy, data.pack, make_trees())
 
 
 def test_the_self_check_covers_plain_rows_too():
     """A model whose log-probs depend on the padding of its row: no other way is left to train it.
-    (Granite's scaled logits, refused when packed, are right here: test_architectures.py.)"""
+    (Granite's scaled logits, refused when packed, are right here: test_compatibility.py.)"""
     policy = policies.Policy(make_model("gemma3"))
-    assert architectures.self_check(policy, data.pad, make_trees(), packed=False) < 1e-4
+    assert compatibility.self_check(policy, data.pad, make_trees(), packed=False) < 1e-4
     forward = policy.causal_lm.forward
 
     def padded(*args, attention_mask=None, **kwargs):
@@ -98,7 +98,7 @@ def test_the_self_check_covers_plain_rows_too():
         return output
     policy.causal_lm.forward = padded
     with pytest.raises(ValueError, match="not supported"):
-        architectures.self_check(policy, data.pad, make_trees(), packed=False)
+        compatibility.self_check(policy, data.pad, make_trees(), packed=False)
 
 
 def test_a_layer_that_does_not_use_our_attention_is_refused_however_small_its_effect():
@@ -108,23 +108,23 @@ def test_a_layer_that_does_not_use_our_attention_is_refused_however_small_its_ef
     attention = policy.layers[1].self_attn
     with torch.no_grad():
         attention.o_proj.weight.mul_(1e-6)
-    assert architectures.self_check(policy, data.pack, make_trees()) < 1e-4
+    assert compatibility.self_check(policy, data.pack, make_trees()) < 1e-4
     attention.config = copy.deepcopy(attention.config)
     attention.config._attn_implementation = "sdpa"
     with pytest.raises(ValueError, match="1 of its 2 layers use our attention.*--plain-rows"):
-        architectures.self_check(policy, data.pack, make_trees())
+        compatibility.self_check(policy, data.pack, make_trees())
 
 
 def test_the_probe_outgrows_every_window_that_the_run_can_outgrow():
     """A self-check whose rows are shorter than a window that lives in the mask only; a row of
     100,000 tokens, for a window that no row of the run can outgrow."""
     config = make_model("gemma3").config  # a window of 7
-    assert architectures.probe_length(config, 64) == 7 + 16
+    assert compatibility.probe_length(config, 64) == 7 + 16
     config.sliding_window, config.attention_chunk_size = 4096, 40
-    assert architectures.probe_length(config, 64) == 40 + 16
-    assert architectures.probe_length(config, 1024) == 40 + 16
-    assert architectures.probe_length(config, 5000) == 4096 + 16
-    assert architectures.probe_length(config, 12) == 12
+    assert compatibility.probe_length(config, 64) == 40 + 16
+    assert compatibility.probe_length(config, 1024) == 40 + 16
+    assert compatibility.probe_length(config, 5000) == 4096 + 16
+    assert compatibility.probe_length(config, 12) == 12
 
 
 def test_plain_rows_keep_no_softmax_for_backward():
@@ -190,7 +190,7 @@ def test_capped_attention_scores_are_refused_by_packing_and_right_in_plain_rows(
     config = Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=cap, query_pre_attn_scalar=1)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="selm_tree").eval()
     with pytest.raises(ValueError, match="--plain-rows"):
-        architectures.self_check(policies.Policy(model), data.pack, make_trees())
+        compatibility.self_check(policies.Policy(model), data.pack, make_trees())
     model.set_attn_implementation("eager")
     got = policies.Policy(model)(data.pad(make_trees()))
     torch.testing.assert_close(got, plain_logps(model, make_trees()), atol=1e-4, rtol=1e-5)
@@ -244,7 +244,7 @@ def test_lora_trains_adapters_only_and_saves_a_merged_plain_model(tmp_path):
     must leave the policy exactly the reference."""
     base = make_model()
     expected = policies.Policy(copy.deepcopy(base))(data.pack(make_trees()))
-    policy = policies.Policy(scale.add_lora(copy.deepcopy(base), 4), checkpointing=True)
+    policy = policies.Policy(distributed.add_lora(copy.deepcopy(base), 4), checkpointing=True)
     assert torch.equal(policy(data.pack(make_trees())), expected)
     trained = [n for n, p in policy.named_parameters() if p.requires_grad]
     assert trained and all("lora" in n for n in trained)

@@ -10,9 +10,9 @@ from conftest import ROOT
 from matplotlib import pyplot
 
 import train_loop
-from harness import page, plots
-from harness.rundir import write_jsonl
-from harness.settings import RECIPES
+from harness.runs import plots, report_page
+from harness.runs.run_folder import write_jsonl
+from harness.runs.settings import RECIPES
 from test_train_loop import SMALL, write_judge, write_model, write_preferences
 
 
@@ -136,7 +136,7 @@ def png(path):
 def test_the_command_draws_every_figure_again_from_the_files_alone(home):
     """A figure that needs the process that made the numbers."""
     write_config(home, 0.3, True, ranker="a/very/long/path/of/a/person/$\\frac{$/judge.py:f")
-    result = subprocess.run([sys.executable, "-m", "harness.plots", str(home)], cwd=ROOT,
+    result = subprocess.run([sys.executable, "-m", "harness.runs.plots", str(home)], cwd=ROOT,
                             capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and not result.stderr, result.stderr
     names = "evaluation rewards duels implicit training".split()
@@ -163,7 +163,7 @@ def test_a_paper_recipe_with_its_offline_iteration_gets_every_figure_and_the_pag
     assert text.count("<img ") == 5 and "SELM, iteration 0: candidates" in text
 
 
-@pytest.mark.parametrize("command", [plots.main, page.main])
+@pytest.mark.parametrize("command", [plots.main, report_page.main])
 def test_a_wrong_command_line_has_exit_code_2(command, tmp_path, capsys):
     """Usage errors that a script cannot tell from a failure."""
     for arguments in ([], [str(tmp_path)], ["a", "b"]):

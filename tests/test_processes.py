@@ -16,7 +16,7 @@ import data
 import model as policies
 import train_loop
 from conftest import ARCHITECTURES, ROOT, SIZES, make_model, make_tokenizer
-from harness import scale, weights
+from harness.models import distributed, weights
 from test_model import make_trees
 from test_train_loop import (SMALL, command, files_of, rows,  # noqa: F401 (command: a fixture)
                              training, write_judge, write_model, write_preferences)
@@ -26,7 +26,7 @@ from test_train_loop import (SMALL, command, files_of, rows,  # noqa: F401 (comm
 def alone():
     """--offload on one process makes a group of one; the next test must not find it."""
     yield
-    scale.stop()
+    distributed.stop()
 
 
 def launch(script, *arguments, processes=2, **options):
@@ -64,11 +64,11 @@ def test_offload_leaves_the_files_of_plain_training_bit_for_bit(extra, command, 
 
 def bf16_steps(policy, count=20, lr=5e-7):
     """AdamW at the paper's rate on whatever dtype the parameters have -> them, in fp32."""
-    parameters = scale.trained(policy)
+    parameters = distributed.trained(policy)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
     for _ in range(count):
         for last in (False, True):
-            scale.last_micro_batch(policy, last)
+            distributed.last_micro_batch(policy, last)
             policy(data.pack(make_trees(0))).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -87,7 +87,7 @@ def test_weights_in_bf16_alone_stand_still_where_masters_move(alone):
         return policies.Policy(model, autocast_dtype=torch.bfloat16)
     names = [name for name, _ in policy(torch.float32).causal_lm.named_parameters()]
     alone = bf16_steps(policy(torch.bfloat16))
-    ours = bf16_steps(scale.shard(policy(torch.float32), offload=True))
+    ours = bf16_steps(distributed.shard(policy(torch.float32), offload=True))
     read = sorted({token for tree in make_trees(0) for response in tree.responses
                    for token in tree.prompt_ids + response[:-1]})  # others have no gradient
     for name, still, moved in zip(names, alone, ours):
@@ -104,7 +104,7 @@ def test_weights_in_bf16_alone_stand_still_where_masters_move(alone):
 
 def test_the_device_gets_the_masters_as_bf16_after_every_update(alone):
     """Weights that are trained on the host while the device goes on with old ones."""
-    policy = scale.shard(policies.Policy(make_model(), autocast_dtype=torch.bfloat16), offload=True)
+    policy = distributed.shard(policies.Policy(make_model(), autocast_dtype=torch.bfloat16), offload=True)
     masters = bf16_steps(policy, count=2, lr=1e-2)
     fresh = make_model()
     with torch.no_grad():
@@ -137,22 +137,22 @@ def test_an_empty_model_is_a_loaded_one_without_its_weights(architecture, tmp_pa
 
 LOADS = """
 import torch
-from harness import scale, weights
-from harness.settings import Compute
+from harness.models import distributed, weights
+from harness.runs.settings import Compute
 def resident(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if field in line) / 1024
 def load(path):
     return weights.load_policy(path, Compute("cpu", "fp32", False, False, 0, False, False))
-scale.start("cpu")
+distributed.start("cpu")
 load(sys.argv[2])  # the libraries that loading imports are no weights
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 before = resident("VmRSS")
 policy = load(sys.argv[1])
-added = scale.gather(resident("VmHWM") - before)
+added = distributed.gather(resident("VmHWM") - before)
 total = sum(p.full_tensor().double().sum().item() for p in policy.parameters())
-if scale.PROCESS == 0: print(*added, total)  # alone: two processes would write into one line
+if distributed.PROCESS == 0: print(*added, total)  # alone: two processes would write into one line
 del policy
-scale.stop()
+distributed.stop()
 """
 
 
@@ -180,14 +180,14 @@ def test_only_one_process_ever_holds_all_weights(tmp_path):
 
 
 UNTIED = """
-from harness import scale, weights
-from harness.settings import Compute
-scale.start("cpu")
+from harness.models import distributed, weights
+from harness.runs.settings import Compute
+distributed.start("cpu")
 policy = weights.load_policy(sys.argv[1], Compute("cpu", "fp32", False, False, 0, False, False))
-names = scale.gather([name for name, _ in policy.named_parameters()])
+names = distributed.gather([name for name, _ in policy.named_parameters()])
 assert names[0] == names[1] and any("lm_head" in name for name in names[0]), names
 del policy
-scale.stop()
+distributed.stop()
 """
 
 
@@ -203,9 +203,9 @@ def test_all_processes_build_what_process_0_has_read(tmp_path):
 
 
 FAILS = """
-from harness import scale, weights
-from harness.settings import Compute
-scale.start("cpu")
+from harness.models import distributed, weights
+from harness.runs.settings import Compute
+distributed.start("cpu")
 def damaged(*arguments):
     raise ValueError("a damaged file")
 weights.load_model = damaged  # process 0 alone calls it
@@ -213,10 +213,10 @@ try:
     weights.load_policy(sys.argv[1], Compute("cpu", "fp32", False, False, 0, False, False))
 except ValueError as error:
     assert str(error) == "a damaged file"
-    scale.gather(None)
-    scale.stop()
+    distributed.gather(None)
+    distributed.stop()
     sys.exit(0)
-sys.exit("process " + str(scale.PROCESS) + " goes on")
+sys.exit("process " + str(distributed.PROCESS) + " goes on")
 """
 
 
@@ -277,24 +277,25 @@ VARIANTS = {  # name: (architecture, template, flags)
 MANY = """
 import json, signal
 import train_loop
-from harness import command, scale
+from harness.models import distributed
+from harness.runs import command
 command.finish = lambda *arguments: None  # figures take longer than all that is compared
-scale.start("cpu")
-stop, gradient, calls = scale.stop, train_loop.gradient, []
-scale.start, scale.stop = lambda device: None, lambda: None  # one group for all runs
+distributed.start("cpu")
+stop, gradient, calls = distributed.stop, train_loop.gradient, []
+distributed.start, distributed.stop = lambda device: None, lambda: None  # one group for all runs
 
 def asked(*arguments):  # one process alone is told to end
     calls.append(1)
-    if len(calls) == 2 and scale.PROCESS == scale.PROCESSES - 1:
+    if len(calls) == 2 and distributed.PROCESS == distributed.PROCESSES - 1:
         signal.raise_signal(signal.SIGTERM)
     return gradient(*arguments)
 for command in json.load(open(sys.argv[1])):
-    command = [word.replace("/1/", f"/{scale.PROCESSES}/") for word in command]
+    command = [word.replace("/1/", f"/{distributed.PROCESSES}/") for word in command]
     if "/sigterm" in command[command.index("--run-dir") + 1]:
         train_loop.gradient = asked
         try:
             train_loop.main(command)
-        except train_loop.ends.Terminated as end:
+        except train_loop.exits.Terminated as end:
             assert "after update 1 of 3" in str(end)
         else:
             raise SystemExit("SIGTERM was not heard")
@@ -364,14 +365,14 @@ def test_several_processes_give_the_run_of_one(processes, single, tmp_path):
 WAITS = """
 import os, time
 import torch, torch.distributed as dist
-from harness import scale
-scale.start("cpu")
+from harness.models import distributed
+distributed.start("cpu")
 backend = dist.group.WORLD._get_backend(torch.device("cpu"))
-assert backend.options._timeout == scale.PATIENCE  # from here on: a judge may take hours
-pids = scale.gather(os.getpid())
-if scale.PROCESS == 0: print(*pids, flush=True)
-if scale.PROCESS == 0: time.sleep(300)  # the others wait for it
-scale.gather(None)
+assert backend.options._timeout == distributed.PATIENCE  # from here on: a judge may take hours
+pids = distributed.gather(os.getpid())
+if distributed.PROCESS == 0: print(*pids, flush=True)
+if distributed.PROCESS == 0: time.sleep(300)  # the others wait for it
+distributed.gather(None)
 """
 
 
@@ -402,9 +403,10 @@ def alive(pid):
 
 ALONE = """
 from datetime import timedelta
-from harness import ends, scale
-scale.COMING = timedelta(seconds=2)
-ends.run(lambda: scale.start("cpu"))
+from harness.models import distributed
+from harness.runs import exits
+distributed.COMING = timedelta(seconds=2)
+exits.run(lambda: distributed.start("cpu"))
 """
 
 
@@ -412,7 +414,7 @@ ends.run(lambda: scale.start("cpu"))
 def test_a_process_that_never_comes_is_named_after_the_time_for_coming(process, tmp_path):
     """Seven GPUs that wait in silence for the eighth, six hours long. (2 seconds here, else 5
     minutes.)"""
-    assert scale.COMING.total_seconds() == 300
+    assert distributed.COMING.total_seconds() == 300
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.judges import load_judge, load_pairrm
+from harness.judging.judges import load_judge, load_pairrm
 from rank import PairRM, choose_pair, give_roles, length_batches, pairrm_texts
 
 ROOT = Path(__file__).resolve().parents[1]

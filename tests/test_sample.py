@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 import model as policies  # noqa: F401  registers the attention that conftest's models ask for
 import sample
 from conftest import ARCHITECTURES, VOCABULARY, make_model
-from harness import architectures
+from harness.models import compatibility
 
 STOP = set(range(2, VOCABULARY, 8))  # so many that a random model meets one now and then
 
@@ -278,7 +278,7 @@ def test_the_context_is_the_shortest_that_the_configuration_names():
 
 
 # ----------------------------------------------------------------------------------------------
-# harness/architectures.py (many architectures: test_architectures.py)
+# harness/models/compatibility.py (many architectures: test_compatibility.py)
 # ----------------------------------------------------------------------------------------------
 
 
@@ -291,7 +291,7 @@ def test_one_by_one_gives_the_samples_of_slots(top_p):
     for kwargs in (dict(), dict(temperature=1.5, top_p=top_p, seeds=seeds),
                    dict(max_new_tokens=[3, 24, 8] * 3)):
         kwargs = dict(stop_ids=STOP, max_new_tokens=24, slots=3, progress=False) | kwargs
-        assert sample.generate(model, prompts, by=architectures.serve_one_by_one, **kwargs) == (
+        assert sample.generate(model, prompts, by=compatibility.serve_one_by_one, **kwargs) == (
             sample.generate(model, prompts, **kwargs))
     assert model.generation_config.repetition_penalty == 5.0
 
@@ -300,7 +300,7 @@ def test_one_by_one_gives_the_samples_of_slots(top_p):
 def test_slots_that_are_wrong_for_a_model_are_not_used(monkeypatch, fault):
     """Other tokens, without a sign. The faults are ours here, and architectures' in real life."""
     model, notes = make_model(scale=3.0), []
-    assert architectures.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.serve
+    assert compatibility.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.serve
     if fault == "position":
         forward = model.forward
         monkeypatch.setattr(model, "forward", lambda *args, position_ids=None, **kwargs: forward(
@@ -315,8 +315,8 @@ def test_slots_that_are_wrong_for_a_model_are_not_used(monkeypatch, fault):
         monkeypatch.setattr(sample.SlotCache, "aim", lambda self, first, *args, **kwargs: aim(
             self, 0, *args, **kwargs) or setattr(self, "rows", self.rows * 0))
     assert not notes
-    sampler = architectures.choose_sampler(model, [5, 6, 7, 8], 20, notes.append)
-    assert sampler is architectures.serve_one_by_one and len(notes) == 1
+    sampler = compatibility.choose_sampler(model, [5, 6, 7, 8], 20, notes.append)
+    assert sampler is compatibility.serve_one_by_one and len(notes) == 1
     assert model.config._attn_implementation == "eager"
 
 
@@ -328,7 +328,7 @@ def test_slots_are_compared_with_eager_attention_not_with_the_one_they_use():
     AttentionMaskInterface.register("half", sdpa_mask)
     model, notes = make_model(scale=3.0), []
     model.set_attn_implementation("half")
-    assert architectures.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.serve
+    assert compatibility.choose_sampler(model, [5, 6, 7, 8], 20, notes.append) is sample.serve
     assert model.config._attn_implementation == "eager" and "eager attention" in notes[0]
 
 
@@ -339,5 +339,5 @@ def test_a_model_that_sees_the_future_is_refused(monkeypatch):
     monkeypatch.setattr(model, "forward", lambda input_ids, **kwargs: forward(
         input_ids.flip(1), **{**kwargs, "past_key_values": None, "use_cache": False}))
     with pytest.raises(ValueError, match="not a causal language model") as error:
-        architectures.choose_sampler(model, [5, 6, 7, 8], 20)
+        compatibility.choose_sampler(model, [5, 6, 7, 8], 20)
     assert "\n" not in str(error.value)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from harness import prepare, settings
-from harness.settings import FLAGS, RANGES, RECIPES
+from harness.runs import settings, setup
+from harness.runs.settings import FLAGS, RANGES, RECIPES
 
 NUMERIC = {name: options["type"] for flags in FLAGS.values() for name, options in flags.items()
            if options.get("type") in (int, float)}
@@ -99,7 +99,7 @@ def test_the_plan_has_the_papers_numbers(recipe, expected):
 def test_the_toy_is_refused_before_its_world_is_made(flags, words):
     """What read_model finds of other models, found here after a minute of training."""
     with pytest.raises(ValueError, match=words):
-        prepare.read_inputs(settings.read(flags.split()))
+        setup.read_inputs(settings.read(flags.split()))
 def test_paths_are_text_and_begin_at_home_where_they_say_so(monkeypatch, tmp_path, capsys):
     """`--data=~/prefs.jsonl`, which no shell expands; a run that fails when its name is written."""
     monkeypatch.setenv("HOME", str(tmp_path))

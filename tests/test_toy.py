@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import rows, template, toy
-from harness.rows import load_preferences
+from harness.inputs import chat_template, preferences, toy
+from harness.inputs.preferences import load_preferences
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_the_three_portions_of_the_default_world_share_no_prompt(tmp_path, quick
     or portions that are disjoint but unequal, or rows that a reader drops as repetitions."""
     toy.build_world(tmp_path / "w", 3, progress=False)
     records = load_preferences(tmp_path / "w/train.jsonl")
-    portions = rows.split_portions(records, 3, 512, seed=3)
+    portions = preferences.split_portions(records, 3, 512, seed=3)
     prompts = [{record["prompt"][0]["content"] for record in portion} for portion in portions]
     assert [len(portion) for portion in portions] == [512] * 3
     assert [len(p) for p in prompts] == [32] * 3 and len(set.union(*prompts)) == 96
@@ -264,7 +264,7 @@ def test_no_test_prompt_occurs_in_training_and_every_animal_in_both():
 def test_the_tokenizer_round_trips_the_chat_template(tokenizer):
     """Bugs: pad == end token (masking padding masks every end), role markers split into words, the
     assistant's header missing, prompts of unequal length."""
-    chat = template.ChatFormat(tokenizer)
+    chat = chat_template.ChatFormat(tokenizer)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert chat.stop_ids == {tokenizer.eos_token_id}
     assert tokenizer.convert_ids_to_tokens(chat.prompt_ids(FOX)) == [
@@ -278,14 +278,14 @@ def test_the_tokenizer_round_trips_the_chat_template(tokenizer):
 
 
 def prompt_tensor(tokenizer):
-    return torch.tensor([template.ChatFormat(tokenizer).prompt_ids(FOX)])
+    return torch.tensor([chat_template.ChatFormat(tokenizer).prompt_ids(FOX)])
 
 
 def test_the_base_says_common_words_more_often_than_rare_ones(base, tokenizer):
     """Bug: the SFT corpus ignores the ranks, or uses those of another family."""
     for family, animals in toy.FAMILIES.items():
         prompt = [{"role": "user", "content": f"describe the {animals[0]}"}]
-        ids = torch.tensor([template.ChatFormat(tokenizer).prompt_ids(prompt)])
+        ids = torch.tensor([chat_template.ChatFormat(tokenizer).prompt_ids(prompt)])
         probs = base(ids).logits[0, -1].softmax(-1)
         p = probs[tokenizer.convert_tokens_to_ids(toy.ranked_adjectives(family))].tolist()
         assert p[0] > p[1] > sum(p[2:6]) / 4 > sum(p[6:12]) / 6 > sum(p[12:]) / 12

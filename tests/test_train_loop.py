@@ -26,9 +26,12 @@ import model as policies
 import selm
 import train_loop
 from conftest import ROOT, make_model, make_tokenizer
-from harness import held_out, judges, prepare, scale, settings, template, weights
-from harness.rundir import Rows, read_jsonl, write_jsonl
-from harness.settings import RECIPES, stream
+from harness.inputs import chat_template
+from harness.judging import held_out, judges
+from harness.models import distributed, weights
+from harness.runs import settings, setup
+from harness.runs.run_folder import Rows, read_jsonl, write_jsonl
+from harness.runs.settings import RECIPES, stream
 from test_model import make_trees, plain_logps
 
 WORDS = "hello there how are you the cat sat on mat and looked at moon".split()
@@ -202,15 +205,15 @@ def test_every_option_takes_effect_and_runs_the_whole_loop(extra, command, tmp_p
     """An option that is parsed and then forgotten, or fails after an hour of sampling."""
     made, padded, loras, penalties, nuclei = [], [], [], [], []
     policy, pad, penalise = policies.Policy, data.pad, judges.with_length_penalty
-    add_lora, serve = scale.add_lora, prepare.sample.serve
-    monkeypatch.setattr(scale, "add_lora", lambda lm, r: loras.append(r) or add_lora(lm, r))
+    add_lora, serve = distributed.add_lora, setup.sample.serve
+    monkeypatch.setattr(distributed, "add_lora", lambda lm, r: loras.append(r) or add_lora(lm, r))
     # aot_eager traces like inductor, without its minute of C++ compilation.
     monkeypatch.setattr(weights, "Policy", lambda model, *a: made.append((model, *a)) or policy(
         model, *(x if x != "inductor" else "aot_eager" for x in a)))
     monkeypatch.setattr(data, "pad", lambda trees: padded.append(trees) or pad(trees))
     monkeypatch.setattr(judges, "with_length_penalty",
                         lambda judge, by, t: penalties.append(by) or penalise(judge, by, t))
-    monkeypatch.setattr(prepare.sample, "serve", lambda *a, **k: (
+    monkeypatch.setattr(setup.sample, "serve", lambda *a, **k: (
         nuclei.append(k.get("top_p")) or serve(*a, **k)))
     train_loop.main([*command, *extra])
     assert penalties == [0.1 if "--length-penalty" in extra else 0.0]
@@ -449,7 +452,7 @@ def test_equal_pairs_keep_their_optimism_term_and_empty_data_is_dropped(command,
 
 
 def fake_start(tmp_path, judge):
-    chat = template.ChatFormat(make_tokenizer())
+    chat = chat_template.ChatFormat(make_tokenizer())
     return SimpleNamespace(chat=chat, judging=lambda here: judge), chat
 
 
@@ -468,7 +471,7 @@ def rank_one(tmp_path, y_ids, judge, **changes):
 def test_a_sample_that_ends_at_once_is_a_response_like_any_other_and_may_lose(tmp_path):
     """A policy that learns to say nothing, while all its empty answers are dropped from training:
     nothing ever teaches it otherwise."""
-    end = template.ChatFormat(make_tokenizer()).end_id
+    end = chat_template.ChatFormat(make_tokenizer()).end_id
     row, _ = rank_one(tmp_path, [end], lambda p, texts, ids: [[float(len(t)) for t in texts[0]]])
     assert row["dropped"] is None and row["rejected"] == row["sampled"][0]
     assert row["candidates"][row["sampled"][0]] == {
@@ -597,17 +600,17 @@ def test_a_run_killed_between_two_updates_goes_on_from_its_checkpoint(
     train_loop.main(command)
     assert not (tmp_path / "run/iter_1/state").exists()
     again = [a.replace("/run", "/killed") for a in command]
-    save, gradient, updates = scale.save_checkpoint, train_loop.gradient, []
+    save, gradient, updates = distributed.save_checkpoint, train_loop.gradient, []
 
     def save_and_die(*args):
         save(*args)
         raise KeyboardInterrupt
-    monkeypatch.setattr(scale, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(distributed, "save_checkpoint", save_and_die)
     for _ in range(2):  # after updates 2 and 4 of 6
         with pytest.raises(KeyboardInterrupt):
             train_loop.main(again)
     assert [f.name for f in (tmp_path / "killed/iter_1/state").iterdir()] == ["000004"]
-    monkeypatch.setattr(scale, "save_checkpoint", save)
+    monkeypatch.setattr(distributed, "save_checkpoint", save)
     monkeypatch.setattr(train_loop, "gradient",
                         lambda *args: updates.append(args) or gradient(*args))
     train_loop.main(again)
@@ -623,7 +626,7 @@ def test_smaller_micro_batches_make_the_reference_again_but_never_throw_a_checkp
     49 updates gone; or a first update whose policy and reference were summed in another order."""
     command += ["--iterations", "1", "--save-every", "1"]
     path, made = tmp_path / "run/iter_1/reference.jsonl", []
-    reference, save = train_loop.reference_logps, scale.save_checkpoint
+    reference, save = train_loop.reference_logps, distributed.save_checkpoint
     monkeypatch.setattr(train_loop, "reference_logps",
                         lambda *args: made.append(1) or reference(*args))
 
@@ -640,7 +643,7 @@ def test_smaller_micro_batches_make_the_reference_again_but_never_throw_a_checkp
         save(*args)
         raise KeyboardInterrupt
     with monkeypatch.context() as after_the_first:
-        after_the_first.setattr(scale, "save_checkpoint", save_and_die)
+        after_the_first.setattr(distributed, "save_checkpoint", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             train_loop.main([*command, "--tokens-per-forward", "64"])
     update, updates = train_loop.update, []
@@ -667,12 +670,12 @@ def test_sigterm_waits_for_the_update_and_the_same_command_goes_on_behind_it(
             for _ in range(times * (len(calls) == call)):
                 signal.raise_signal(signal.SIGTERM)
             return gradient(*args)
-        before = signal.signal(signal.SIGTERM, train_loop.ends._terminate)
+        before = signal.signal(signal.SIGTERM, train_loop.exits._terminate)
         monkeypatch.setattr(train_loop, "gradient", asked)
         try:
-            with pytest.raises(train_loop.ends.Terminated) as end:
+            with pytest.raises(train_loop.exits.Terminated) as end:
                 train_loop.main(again)
-            assert signal.getsignal(signal.SIGTERM) == train_loop.ends._terminate
+            assert signal.getsignal(signal.SIGTERM) == train_loop.exits._terminate
         finally:
             signal.signal(signal.SIGTERM, before)
             monkeypatch.setattr(train_loop, "gradient", gradient)
@@ -691,8 +694,8 @@ def test_sigterm_waits_for_the_update_and_the_same_command_goes_on_behind_it(
 
 def test_a_sigterm_behind_the_last_update_is_not_lost():
     """A command that goes on for hours although it was told to end: the next phase forgets it."""
-    with pytest.raises(train_loop.ends.Terminated):
-        with train_loop.ends.sigterm_waits():
+    with pytest.raises(train_loop.exits.Terminated):
+        with train_loop.exits.sigterm_waits():
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -702,7 +705,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_training(
     """Hours of training lost to a full disk, for the sake of not losing them."""
     def full(*args):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(scale, "save_checkpoint", full)
+    monkeypatch.setattr(distributed, "save_checkpoint", full)
     train_loop.main([*command, "--iterations", "1", "--save-every", "1"])
     assert "warning: [Errno 28] No space left" in capsys.readouterr().out
     assert (tmp_path / "run/iter_1/policy").exists()
@@ -713,7 +716,7 @@ def test_a_killed_sampling_phase_keeps_what_was_finished(command, tmp_path, monk
     samples that change where the phase goes on."""
     command += ["--prompts-per-iteration", "16", "--iterations", "1", "--slots", "1"]
     train_loop.main(command)
-    again, step, steps = [a.replace("/run", "/killed") for a in command], prepare.sample.step, []
+    again, step, steps = [a.replace("/run", "/killed") for a in command], setup.sample.step, []
     samples = rows(tmp_path / "run/iter_1/samples.jsonl")
     total = sum(len(row["samples"][0]["ids"]) for row in samples)
 
@@ -723,10 +726,10 @@ def test_a_killed_sampling_phase_keeps_what_was_finished(command, tmp_path, monk
             raise KeyboardInterrupt
         return step(*args)
     before = sum(len(row["ids"]) for row in rows(tmp_path / "run/start/eval.jsonl"))
-    monkeypatch.setattr(prepare.sample, "step", dies)
+    monkeypatch.setattr(setup.sample, "step", dies)
     with pytest.raises(KeyboardInterrupt):
         train_loop.main(again)
-    monkeypatch.setattr(prepare.sample, "step", step)
+    monkeypatch.setattr(setup.sample, "step", step)
     [part] = (tmp_path / "killed/iter_1").glob("samples.jsonl.part*")
     assert len(part.read_text().splitlines()) >= 8  # of 12 or so; the last ones wait
     train_loop.main(again)
@@ -738,7 +741,7 @@ def test_a_judge_that_fails_in_the_evaluation_loses_no_answer(command, tmp_path,
     """Held-out prompts that are answered once more at every try; other answers at the second."""
     command += ["--iterations", "1"]
     train_loop.main(command)
-    again, step = [a.replace("/run", "/failed") for a in command], prepare.sample.step
+    again, step = [a.replace("/run", "/failed") for a in command], setup.sample.step
 
     def fails(*_):
         raise ValueError("the judge is tired")
@@ -747,7 +750,7 @@ def test_a_judge_that_fails_in_the_evaluation_loses_no_answer(command, tmp_path,
         patch.setattr(held_out, "judge_answers", fails)
         train_loop.main(again)
     sampled = []
-    monkeypatch.setattr(prepare.sample, "step", lambda model, cache, live: (
+    monkeypatch.setattr(setup.sample, "step", lambda model, cache, live: (
         sampled.extend(live) or step(model, cache, live)))
     train_loop.main(again)
     others = [y["ids"] for name in ("iter_1/samples.jsonl", "iter_1/answers.jsonl")
@@ -938,7 +941,7 @@ def test_a_bug_of_ours_says_so_and_keeps_its_traceback(command):
     script = ("import sys; sys.argv = ['train_loop.py', *sys.argv[1:]]\n"
               "import train_loop\n"
               "train_loop.forward = None\n"
-              "train_loop.ends.run(train_loop.main)")
+              "train_loop.exits.run(train_loop.main)")
     result = subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT,
                             capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "a bug of this program" in result.stderr
@@ -967,7 +970,7 @@ def test_ctrl_c_and_sigterm_are_one_line_at_any_moment(sent, code, seconds, comm
     assert len(lines) == 1 and "the same command goes on" in lines[0], lines
 
 
-@pytest.mark.parametrize("script", [["sample.py"], ["rank.py"], ["-m", "harness.duel"]],
+@pytest.mark.parametrize("script", [["sample.py"], ["rank.py"], ["-m", "harness.judging.duel"]],
                          ids=" ".join)
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_while_another_commands_libraries_load_is_one_line(script, sent):
@@ -982,7 +985,7 @@ def test_ctrl_c_while_another_commands_libraries_load_is_one_line(script, sent):
 
 def test_a_second_command_in_the_same_folder_is_refused(command, tmp_path):
     """Two runs that write into each other's files."""
-    with train_loop.command.rundir.locked(tmp_path / "run"):
+    with train_loop.command.run_folder.locked(tmp_path / "run"):
         result = subprocess.run([sys.executable, str(ROOT / "train_loop.py"), *command],
                                 capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "another command is at work" in result.stderr
@@ -997,8 +1000,8 @@ def test_a_template_that_writes_the_date_writes_one_date_in_all_of_a_run(command
         @classmethod
         def today(cls):
             return cls(2026, 1, Day.day)
-    monkeypatch.setattr(template.datetime, "date", Day)
-    monkeypatch.setattr(template.chat_template_utils, "datetime", datetime.datetime)  # set anew
+    monkeypatch.setattr(chat_template.datetime, "date", Day)
+    monkeypatch.setattr(chat_template.chat_template_utils, "datetime", datetime.datetime)  # set anew
     tokenizer = make_tokenizer()
     (tmp_path / "dated.jinja").write_text(
         "{{ strftime_now('%d') }}" + tokenizer.chat_template)

@@ -1,0 +1,1 @@
+"""What comes in: preference records, chat templates, another engine's samples, the toy world."""

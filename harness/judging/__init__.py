@@ -1,0 +1,1 @@
+"""Who is better: judges, their models, the evaluation of a policy, duels."""

@@ -1,0 +1,162 @@
+"""report.html: one page in which a person looks at the data of a run: table, warnings, figures, and
+prompt by prompt the candidates and the answers. No network, no server, no build.
+
+    python -m harness.runs.report_page runs/toy  writes the page of a run (and draws its figures) again
+
+A model's output is never markup: jinja2 escapes every text, and a content security policy keeps the
+page from running or loading anything but its own script, whose checksum it names. The page stays
+small: texts are cut, and prompts left out, with a word on how many.
+
+Test: pytest tests/test_report_page.py.
+"""
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+
+import jinja2
+from markupsafe import escape
+
+from harness.runs import exits, plots, report
+from harness.runs.run_folder import (
+    CONFIG, finished_rows, printable, read_record, settings_of, write_text)
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+BYTES = 6_000_000  # of all texts together
+CHARACTERS = 3000  # of one text
+
+
+def write(runs, path, figures):
+    """Writes the page of [(arm, folder)]; figures: paths of PNG files. The data shown are those of
+    the first seed; the others' are in their folders."""
+    config, source = read_record(Path(runs[0][1]) / CONFIG), TEMPLATE.read_text("utf-8")
+    settings = settings_of(runs[0][1])
+    [script] = re.findall("<script>(.*?)</script>", source, re.DOTALL)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                                     finalize=lambda value: printable(str(value)))
+    write_text(path, environment.from_string(source).render(
+        settings=settings, command=" ".join(config["command"]),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        table=report.table_cells(runs), notes=[*report.notes(runs),
+                                               report.judged(settings)],
+        summaries=[(arm, folder, summaries(folder)) for arm, folder in runs],
+        figures=[(Path(f).stem, base64.b64encode(Path(f).read_bytes()).decode()) for f in figures],
+        sections=sections([run for run in runs if plots.home_of(run[1]) == runs[0][1]])))
+
+
+def summaries(folder):
+    """The lines of all iterations, warnings among them."""
+    return [line.strip() for k in sorted({row["iteration"] for row in
+                                          report.rows_of(folder, "rank")})
+            for line in report.summary(folder, k)]
+
+
+# ----------------------------------------------------------------------------------------------
+# 1. The data, as sections of rows of cells
+# ----------------------------------------------------------------------------------------------
+
+
+def sections(runs):
+    """Held-out prompts, then the candidates of every arm's iterations. A section: title, note,
+    file, total, rows; a row: prompt, meta, order and change (what it is sorted by), cells; a cell:
+    who, meta, role, text."""
+    found, answers = [], {}
+    for arm, folder in runs:
+        for k, path in plots.iterations(folder, "eval.jsonl").items():
+            answers["start" if path.parent.name == "start" else f"{arm} {k}"] = (
+                finished_rows(path))
+        for k, path in plots.iterations(folder, "pairs.jsonl").items():
+            found.append({
+                "title": f"{arm}, iteration {k}: candidates", "file": path,
+                "note": "Green: chosen, red: rejected. Scores compare candidates of one prompt.",
+                "total": len(finished_rows(path)), "rows": candidate_rows(path)})
+    if answers:
+        found.insert(0, {
+            "title": "Held-out prompts: the answer of every iteration",
+            "file": answers["start"].path, "total": len(answers["start"]),
+            "note": "Score: the judge's, in one list with the data's two responses. Log-ratio: log "
+                    "pi(y|x) / pi_start(y|x), in nats.",
+            "rows": sorted(held_out_rows(answers), key=lambda row: -row["change"])})
+    for section in found:
+        section["rows"] = list(up_to(BYTES // len(found), section["rows"]))
+    return found
+
+
+def up_to(size, rows):
+    """The rows whose markup fits into `size` bytes, about."""
+    for row in rows:
+        texts = [row["prompt"], *(cell["text"] for cell in row["cells"])]
+        size -= sum(300 + len(escape(printable(text)).encode()) for text in texts)
+        if size < 0:
+            return
+        yield row
+
+
+def candidate_rows(path):
+    """The rows of a pairs.jsonl, with the reference's log-probs where there are any."""
+    reference = path.with_name("reference.jsonl")
+    reference = finished_rows(reference) if reference.exists() else None
+    for order, row in enumerate(finished_rows(path)):
+        candidates, scores = row["candidates"], [c.get("score", 0.0) for c in row["candidates"]]
+        logps = reference.of(row["prompt_id"])["logps"] if reference else [None] * len(candidates)
+        cells = []
+        for i, (c, logp) in enumerate(zip(candidates, logps)):
+            roles = [name for name in ("chosen", "rejected") if row[name] == i]
+            meta = [f"score {c['score']:.4g}"] if "score" in c else []
+            meta += [] if logp is None else [f"log pi_ref {logp:.2f}"]
+            meta += [f"{len(c['ids'])} tokens" + ("" if c["finished"] else ", cut: no end token")]
+            cells.append({"who": ", ".join([*roles, *c["sources"]]), "meta": "; ".join(meta),
+                          "role": " ".join(roles), "text": cut(c["text"])})
+        equal = "all equal for the judge" if row["chosen"] == row["rejected"] else ""
+        yield {"prompt": prompt_text(row["prompt"]), "order": order, "cells": cells,
+               "change": max(scores) - min(scores), "meta": "; ".join(filter(None, [
+                   row["prompt_id"], row["dropped"] and f"dropped: {row['dropped']}", equal]))}
+
+
+def held_out_rows(answers):
+    """{"start" or arm and iteration: Rows of its eval.jsonl} -> a row a prompt; change: the largest
+    one of the score against the start, in any iteration."""
+    for order, start in enumerate(answers["start"]):
+        cells, changes = [], []
+        for who, rows in answers.items():
+            row = rows.of(start["prompt_id"])
+            cells.append(answer_cell(who, row, cells))
+            changes.append(row["scores"][2] - start["scores"][2])
+        change = max(changes, key=abs)
+        yield {"prompt": prompt_text(start["prompt"]), "order": order, "cells": cells,
+               "change": abs(change),
+               "meta": f"{start['prompt_id']}; largest change of the score: {change:+.4g}"}
+
+
+def answer_cell(who, row, before):
+    """One policy's answer; before: the cells to the left, to say "the same" where it is."""
+    ratio = row["policy_logps"][2] - row["start_logps"][2]
+    meta = [f"score {row['scores'][2]:.4g}", f"log-ratio {ratio:+.2f}",
+            f"{len(row['ids'])} tokens" + ("" if row["finished"] else ", cut: no end token")]
+    text = cut(row["response"])
+    same = next((cell["who"] for cell in before if cell["text"] == text), None)
+    return {"who": who, "role": "", "text": text,
+            "meta": "; ".join(meta + ([f"as {same}"] if same else []))}
+
+
+def prompt_text(messages):
+    """A single user turn as it is, several with their roles."""
+    if [turn["role"] for turn in messages] == ["user"]:
+        return cut(messages[0]["content"])
+    return cut("\n".join(f"[{turn['role']}] {turn['content']}" for turn in messages))
+
+
+def cut(text):
+    over = len(text) - CHARACTERS
+    return text if over <= 0 else f"{text[:CHARACTERS]} ... ({over} more characters)"
+
+
+def main(argv=None):
+    folder, found = plots.command_line("page", "report.html", argv)
+    write(found, folder / "report.html", plots.draw_all(found, folder / "figures"))
+    print(folder / "report.html")
+
+
+if __name__ == "__main__":
+    exits.run(main, "the same command writes it again")
