@@ -656,5 +656,5 @@ def test_a_chat_template_that_is_no_regular_file_is_refused_at_once(tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(ValueError, match=f"--chat-template {path}: no regular file"):
+        with pytest.raises(ValueError, match=f"--chat-template {path}: .*no regular file"):
             load_tokenizer(tmp_path, path)

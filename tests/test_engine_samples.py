@@ -114,7 +114,7 @@ def test_a_file_in_another_encoding_or_that_is_no_file_is_refused(tmp_path):
     (tmp_path / "2").mkdir()
     s = SimpleNamespace(samples_from=f"{tmp_path}/{{k}}", first=1, iterations=1)
     for k in (1, 2):
-        with pytest.raises(ValueError, match=f"--samples-from {tmp_path}/{k}: no regular file"):
+        with pytest.raises(ValueError, match=f"--samples-from {tmp_path}/{k}: .*no regular file"):
             engine_samples.file_of(s, k)
     with pytest.raises(ValueError, match="no regular file"):  # before the run
         engine_samples.files(s)

@@ -37,8 +37,8 @@ def short(monkeypatch):
 def test_a_world_reproduces_the_numbers_of_the_command(short, tmp_path):
     """Another order of the prompts, another stream, another setting: results of a world that no
     reader can run."""
-    train_loop.main(["--model", "toy-neutral", "--seeds", "1", "--no-baseline", "--run-dir",
-                     str(tmp_path / "run")])
+    train_loop.main(["--model", "toy-neutral", "--seeds", "1", "--no-baseline", "--alpha", "0.3",
+                     "--lr", "6e-3", "--run-dir", str(tmp_path / "run")])
     course = common.World(tmp_path, 0, "neutral").course(alpha=0.3)
     for k, row in enumerate(rows_of(tmp_path / "run", "eval")[1:]):
         for name in ("reward", "kl", "entropy", "coverage", "share_good"):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ distributed.stop()
 def test_all_processes_build_what_process_0_has_read(tmp_path):
     """A config that says tied over a file with two matrices: process 0 loads two, the others build
     one, and all wait for each other for ever."""
-    path = write_model(tmp_path / "model", "llama")
+    path = Path(write_model(tmp_path / "model", "llama"))
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     process = launch(write_script(tmp_path / "untied.py", UNTIED), str(path))

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
+from harness.inputs.files import check_file
 from harness.runs.exits import one_line
 
 # Qwen3's name for it, SmolLM3's and GLM's. On a line of its own, whose newline Jinja takes off
@@ -312,7 +313,8 @@ def load_tokenizer(path, chat_template=None):
 
 def read_template(path):
     try:
-        if Path(path).exists() and not Path(path).is_file():  # to read a pipe may take for ever
+        check_file("--chat-template", path)
+        if Path(path).is_dir():
             raise ValueError(f"--chat-template {path}: no regular file; name a file (Jinja)")
         return Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import data
 from harness.models import weights
-from harness.inputs.files import parse_json
+from harness.inputs.files import check_file, parse_json
 from harness.runs.run_folder import Rows, write_jsonl, write_text
 from harness.models.distributed import checksum, only_first, say
 from harness.inputs.chat_template import HALF
@@ -60,7 +60,8 @@ def samples(records, policy, start, s):
 def file_of(s, k):
     """The FILE of iteration k. ValueError for a pipe, which may never end, or a folder."""
     source = Path(s.samples_from.replace("{k}", str(k)))
-    if source.exists() and not source.is_file():
+    check_file("--samples-from", source)
+    if source.is_dir():
         raise ValueError(f"--samples-from {source}: no regular file; name a file of JSON lines")
     return source
 

@@ -15,8 +15,8 @@ def check_file(flag, path):
     """ValueError where an input is there, but is not the file that is meant. (That nothing is there
     is said by whoever opens it.)"""
     if is_special(path):  # a pipe that nobody writes to would be waited for without a word
-        raise ValueError(f"{flag} {path}: a pipe or a device; write its content into a file, and "
-                         "name that")
+        raise ValueError(f"{flag} {path}: a pipe or a device, no regular file; write its "
+                         "content into a file, and name that")
     if os.path.isfile(path) and os.access(path, os.R_OK):
         try:
             check_no_pointer(path)

@@ -38,6 +38,7 @@ import os
 import random
 import re
 import reprlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
