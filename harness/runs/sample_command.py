@@ -94,7 +94,7 @@ def check_args(args):
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"--device {args.device}: {ends.one_line(error)}") from None
+        raise ValueError(f"--device {args.device}: {exits.one_line(error)}") from None
     if args.output:
         check_characters(generator(args), "--generator (or the name of --model's folder)")
         check_writable(args.output, [(flag, path) for flag, path in (
