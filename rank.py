@@ -25,7 +25,7 @@ Replaces textbook.py's `rank`. Leaves loading of PairRM, all other judges and th
 to harness/judging/judges.py, and the loss to selm.py.
 
     python rank.py --input candidates.jsonl --ranker pairrm --output ranked.jsonl
-Test: pytest tests/test_rank.py.   Speed: experiments/benchmark_rank.py.   Next: train_loop.py.
+Test: pytest tests/test_rank.py.   Next: train_loop.py.
 
 Legend: B prompts, K candidates of one, R rows (pairs) of a forward pass, T tokens of the longest,
 H hidden size, h attention heads, d = H / h, P relative-position embeddings.

@@ -13,7 +13,7 @@ Self-Exploring Language Models (SELM), arXiv 2405.19332 v3. The derivation, in t
      and its value is  E_x[V_r(x) - E_{y' ~ pi_ref} r(x, y')]  with  V_r(x) = beta * log Z_r(x).
      V_r is what r PROMISES. L sees only differences of r between labelled answers, so the rewards
      of all other answers, and with them V_r, are free. Among rewards that fit the labels alike,
-     the objective prefers the one that promises most: optimism. Example (experiments/regret.py, to
+     the objective prefers the one that promises most: optimism. Example (experiments/evidence/regret.py, to
      the end and with its cost): one x, r(0) = 0, pi_ref = (0.9997, 0.0001, 0.0001, 0.0001), beta =
      0.05. pi_ref samples answer 0 nearly always, and comparing 0 with itself teaches nothing:
          r = ( 0,  0, 0, 0)   V = 0      pi_r = pi_ref. DPO waits until chance samples 1, 2 or 3.

@@ -17,8 +17,11 @@ from transformers import (  # noqa: E402
     AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config,
     PreTrainedTokenizerFast, Qwen2Config, Qwen3Config)
 
+from harness.runs import plots  # noqa: E402
+
 torch.set_num_threads(1)  # on matrices this small a second thread only waits for the first
 VOCABULARY = 384
+DRAW_ALL = plots.draw_all
 
 SIZES = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
@@ -81,6 +84,20 @@ def make_model(architecture="llama", scale=6.0, seed=0):
             if parameter.dim() > 1:
                 parameter.mul_(scale)
     return model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_figures():
+    """Figures take most of the time of a tiny run, so runs inside of a test's process draw none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw_all", lambda runs, folder: [])
+        yield
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """For a test whose subject is the figures: they are drawn."""
+    monkeypatch.setattr(plots, "draw_all", DRAW_ALL)
 
 
 @pytest.fixture

@@ -9,22 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import ablation  # noqa: E402
-import common  # noqa: E402
-import gpu  # noqa: E402
-import mechanism  # noqa: E402
-import open_questions  # noqa: E402
-import what_for  # noqa: E402
-
-import train_loop  # noqa: E402
-from harness.inputs import toy  # noqa: E402
-from harness.models import weights  # noqa: E402
-from harness.runs.report import rows_of  # noqa: E402
+import train_loop
+from experiments.checks import gpu
+from experiments.evidence import ablation, common, mechanism, open_questions, what_for
+from harness.inputs import toy
+from harness.models import weights
+from harness.runs.report import rows_of
 
 
 @pytest.fixture
@@ -53,10 +45,11 @@ def test_a_world_reproduces_the_numbers_of_the_command(short, tmp_path):
 def test_the_quick_form_of_each_script_measures_draws_and_tabulates(script, panels, short, tmp_path,
                                                                     capsys):
     """A script that no longer runs, found out after its hour; an arm without its comparison."""
+    name = Path(script.__file__).stem
     script.main(["--quick", "--out", str(tmp_path)])
-    results = json.loads((tmp_path / f"{script.__name__}.json").read_text())
+    results = json.loads((tmp_path / f"{name}.json").read_text())
     assert panels < set(results) and results["seeds"] == [0, 1]
-    assert (tmp_path / f"{script.__name__}.png").stat().st_size > 10_000
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     assert capsys.readouterr().out.count("| --- |") >= 3
 
 
@@ -111,7 +104,7 @@ def test_a_run_that_is_killed_anywhere_ends_in_the_files_of_one_that_was_not(tmp
     """A phase that a kill leaves half done and the next try takes for whole. Two kills here; the
     script's own command makes more."""
     result = subprocess.run(
-        [sys.executable, str(ROOT / "experiments/kill_test.py"), "2", "--processes", "1",
+        [sys.executable, str(ROOT / "experiments/checks/kill_test.py"), "2", "--processes", "1",
          "--seed", "1"], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.splitlines()[-1] == "2 kills, 2 identical"

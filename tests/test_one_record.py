@@ -3,16 +3,13 @@
 import json
 import math
 import re
-import sys
 
 import pytest
 import torch
-
-import textbook
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "experiments"))
-import one_record  # noqa: E402
+import textbook
+from experiments.checks import one_record
 
 NUMBER = re.compile(r"[+-]?[0-9]+\.[0-9]+")
 

@@ -118,7 +118,7 @@ def test_the_matrix_shows_the_win_rate_of_the_row(home, tmp_path, monkeypatch):
 imshow = pyplot.Axes.imshow
 
 
-def test_a_run_without_numbers_for_a_figure_gets_none(tmp_path):
+def test_a_run_without_numbers_for_a_figure_gets_none(tmp_path, figures):
     """A crash at the end of a run without held-out prompts, or an empty figure."""
     write_config(tmp_path, 0.3)
     runs = plots.find_runs(tmp_path)
@@ -145,7 +145,7 @@ def test_the_command_draws_every_figure_again_from_the_files_alone(home):
 
 
 def test_a_paper_recipe_with_its_offline_iteration_gets_every_figure_and_the_page(
-        tmp_path, monkeypatch):
+        tmp_path, monkeypatch, figures):
     """Figures for runs that begin at iteration 1 only: Zephyr's begins at 0, whose start is -1."""
     monkeypatch.setitem(RECIPES, "zephyr-7b-sft", RECIPES["zephyr-7b-sft"] | {
         "model": write_model(tmp_path / "model", "mistral", "zephyr")})

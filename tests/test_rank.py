@@ -1,28 +1,22 @@
 """Tests of rank.py. PairRM's oracle: llm-blender 0.0.2 on random scaled-up weights.
 
 The set-up (a tokenizer trained here, a small PairRM, the same weights as an llm_blender.Blender)
-comes from experiments/benchmark_rank.py, which times the two against each other.
+comes from tests/blender.py.
 """
 
 import copy
-import importlib.util
 import itertools
 import json
 import os
 import urllib.request
 from pathlib import Path
 
+import blender
 import pytest
 import torch
 
 from harness.judging.judges import load_judge, load_pairrm
 from rank import PairRM, choose_pair, give_roles, length_batches, pairrm_texts
-
-ROOT = Path(__file__).resolve().parents[1]
-_spec = importlib.util.spec_from_file_location("benchmark_rank",
-                                               ROOT / "experiments" / "benchmark_rank.py")
-benchmark_rank = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(benchmark_rank)
 
 PROMPTS = ["hello, how are you!", "I love you!", "Write a line\nabout  the sea, please."]
 CANDIDATES = [["get out!", "hi! I am fine, thanks!", "bye!"],
@@ -41,12 +35,12 @@ MESSAGES = [user(text) for text in PROMPTS]
 def tokenizer():
     corpus = PROMPTS + [text for texts in CANDIDATES for text in texts]
     corpus += ["a b c d e f g h i j k l m n o p q r s t u v w x y z"]
-    return benchmark_rank.train_tokenizer(corpus * 4, vocab_size=160)
+    return blender.train_tokenizer(corpus * 4, vocab_size=160)
 
 
 @pytest.fixture(scope="module")
 def pairrm(tokenizer):
-    return benchmark_rank.random_pairrm(tokenizer, hidden=32, layers=2, heads=2, scale=8.0, seed=1)
+    return blender.random_pairrm(tokenizer, hidden=32, layers=2, heads=2, scale=8.0, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +58,7 @@ def assert_close(left, right, tolerance=1e-5):
 
 def blender_logits(pairrm, sources, firsts, seconds):
     """Logits by llm-blender's Hugging Face class and its own `tokenize_pair`."""
-    benchmark_rank.import_llm_blender()
+    blender.import_llm_blender()
     from llm_blender.blender.blender_utils import tokenize_pair
     from llm_blender.pair_ranker.pairrm import DebertaV2PairRM
     model = DebertaV2PairRM(copy.deepcopy(pairrm.pretrained_model.config)).eval()
@@ -78,7 +72,7 @@ def blender_logits(pairrm, sources, firsts, seconds):
 def blender_scores(pairrm, prompts, candidates):
     """Scores by `Blender.rank`: CrossCompareCollator, _full_predict and get_scores_from_cmps. Batch
     size 1, where it cuts each text by itself."""
-    return benchmark_rank.as_blender(pairrm).rank(prompts, candidates, return_scores=True,
+    return blender.as_blender(pairrm).rank(prompts, candidates, return_scores=True,
                                                   batch_size=1, disable_tqdm=True)
 
 
@@ -113,7 +107,7 @@ def test_texts_that_are_too_long_are_cut_as_llm_blender_cuts_them(pairrm, length
 
 def test_scores_and_ranks_equal_blender_rank(pairrm, scores):
     """Catches a score that is not mean_j(M_ij - M_ji), and [SEP] in a text left as it is."""
-    benchmark_rank.import_llm_blender()
+    blender.import_llm_blender()
     from llm_blender.gpt_eval.utils import get_ranks_from_scores
     expected = blender_scores(pairrm, PROMPTS, CANDIDATES)
     assert_close(scores, expected.tolist(), 1e-4)
@@ -142,7 +136,7 @@ def test_an_empty_candidate_is_scored_as_llm_blender_scores_it(pairrm):
 
 def test_many_turns_are_written_as_llm_blender_writes_conversations():
     """Catches a format that PairRM never saw: a template, swapped roles, numbers off by one."""
-    benchmark_rank.import_llm_blender()
+    blender.import_llm_blender()
     from llm_blender.blender.blender_utils import get_pair_from_conv
     turns = ["Hi.", "Hello!", "Who are you?", "A model.", "Tell a joke."]
     roles = ["user", "assistant"] * 3

@@ -10,12 +10,9 @@ import sys
 
 import numpy as np
 import pytest
-
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import regret  # noqa: E402
+from experiments.evidence import regret
 
 REF, TRUTH = [0.7, 0.2, 0.1], [0.0, -1.0, 1.0]
 MEMBERS = [[0.0, 0.0, 0.0], [0.0, 1.0, -1.0], [0.0, -0.5, 1.0]]
@@ -171,8 +168,9 @@ def test_intervals_and_growth_have_their_closed_forms():
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("regret")
-    done = subprocess.run([sys.executable, str(ROOT / "experiments/regret.py"), "--quick",
-                           "--out", str(out)], capture_output=True, text=True, check=True)
+    script = ROOT / "experiments/evidence/regret.py"
+    done = subprocess.run([sys.executable, str(script), "--quick", "--out", str(out)],
+                          capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1]), json.loads((out / "regret.json").read_text())
 
 

@@ -47,7 +47,7 @@ RECIPES = {
     # is thrown out of its language. alpha is large, or nothing would be seen (README). The learning
     # rate falls from iteration to iteration, as the paper's does: at a constant 6e-3 and alpha 0.3
     # some seeds lose their language, and which ones depends on the processor's rounding
-    # (experiments/breakdown.py).
+    # (experiments/checks/breakdown.py).
     "toy": PAPER | dict(
         model=None, data=None, ranker="oracle", alpha=0.1, beta=1.0, lr=(6e-3, 3.6e-3, 1.2e-3),
         batch_size=32,
@@ -56,7 +56,7 @@ RECIPES = {
         max_length=64, max_prompt_length=32, max_new_tokens=8, slots=128, tokens_per_forward=8192,
         gradient_checkpointing=False, eval_prompts=48, seeds=5, baseline=True, variant="default"),
 }
-# The same world with other hidden tastes, for experiments/ablation.py.
+# The same world with other hidden tastes, for experiments/evidence/ablation.py.
 RECIPES |= {f"toy-{name}": RECIPES["toy"] | dict(variant=name) for name in ("neutral", "rare")}
 
 # ----------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """Does optimism find a good response that the model hardly ever gives, and what does it cost?
 
-    python experiments/regret.py            110 s of CPU time on one of 2 cores (3 minutes where
-                                            the machine was shared)
-    python experiments/regret.py --quick    7 s: panel 1 in full, the others cut short; writes to
-                                            runs/regret_quick/ instead of experiments/results/
+    python experiments/evidence/regret.py            110 s of CPU time
+    python experiments/evidence/regret.py --quick    7 s: panel 1 in full, the others cut short;
+                                                     writes to runs/regret_quick/
 
 The theorem behind SELM (arXiv 2405.19332 v3, Algorithm 2: regret about sqrt(T)) speaks of an exact
 argmin over a class of policies. Here the class is small enough to take it: no network, no step
@@ -87,7 +86,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a few seconds, no evidence")
     parser.add_argument("--out", type=Path, help="folder for regret.json and regret.png")
     args = parser.parse_args()
-    sizes, root = QUICK if args.quick else FULL, Path(__file__).parents[1]
+    sizes, root = QUICK if args.quick else FULL, Path(__file__).parents[2]
     out = args.out or root / ("runs/regret_quick" if args.quick else "experiments/results")
     results = {"seeds": list(SEEDS), **run_all(**sizes)}
     out.mkdir(parents=True, exist_ok=True)

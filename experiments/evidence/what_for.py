@@ -1,7 +1,8 @@
 """What is SELM for? Three panels from numbers that other commands have made.
 
-    python experiments/regret.py; python experiments/mechanism.py; python train_loop.py
-    python experiments/what_for.py             seconds; draws experiments/results/what_for.png
+    python experiments/evidence/regret.py; python experiments/evidence/mechanism.py
+    python train_loop.py
+    python experiments/evidence/what_for.py    seconds; draws experiments/results/what_for.png
 
 Left: where a good answer is rare, alpha = 0 waits for chance (regret.py). Middle: what optimism is
 worth follows how bad the habit is that it pushes down (mechanism.py, b). Right: the default run,
@@ -11,24 +12,24 @@ Test: pytest tests/test_experiments.py.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-import mechanism
-import regret
-from common import errorbars, plain_logs
 from matplotlib import pyplot as plt
 
-from harness.runs import plots
-from harness.runs.report import rows_of
-
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from experiments.evidence import mechanism, regret  # noqa: E402
+from experiments.evidence.common import errorbars, plain_logs  # noqa: E402
+from harness.runs import plots  # noqa: E402
+from harness.runs.report import rows_of  # noqa: E402
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="What is SELM for? One figure.")
-    parser.add_argument("--run-dir", type=Path, default=HERE.parent / "runs" / "toy",
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs/toy",
                         help="of the default run")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--results", type=Path, default=ROOT / "experiments/results")
     args = parser.parse_args(argv)
     figure, axes = plt.subplots(1, 3, figsize=(17, 4.8))
     numbers = {name: json.loads((args.results / f"{name}.json").read_text())

@@ -1,10 +1,10 @@
 """What happens to one preference record? Follows it through the code and writes docs/one_record.md.
 
-    python experiments/one_record.py            (10 seconds)
+    python experiments/checks/one_record.py            (10 seconds)
 
-The record is one of the toy's, the policy is the toy's base model (seed 0). Every number on the page
-is printed from the object that the code makes; tests/test_one_record.py makes the page again, and
-recomputes its log-probs, loss and signs with textbook.py and plain arithmetic.
+The record is one of the toy's, the policy is the toy's base model (seed 0). Every number on the
+page is printed from the object that the code makes; tests/test_one_record.py makes the page again,
+and recomputes its log-probs, loss and signs with textbook.py and plain arithmetic.
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
@@ -23,9 +23,9 @@ import sample  # noqa: E402
 import selm  # noqa: E402
 import train_loop  # noqa: E402
 from harness.inputs import preferences, toy  # noqa: E402
+from harness.inputs.chat_template import ChatFormat  # noqa: E402
 from harness.runs.run_folder import write_jsonl, write_text  # noqa: E402
 from harness.runs.settings import RECIPES  # noqa: E402
-from harness.inputs.chat_template import ChatFormat  # noqa: E402
 from model import Policy  # noqa: E402
 
 ALPHA, BETA, NUMBER = RECIPES["toy"]["alpha"], RECIPES["toy"]["beta"], 1
@@ -106,7 +106,7 @@ def page(t):
     y = next(c for c in row["candidates"] if "sampled" in c["sources"])
     return f"""# One record, from its line to its gradient
 
-Made by `python experiments/one_record.py`; every number is checked by `tests/test_one_record.py`.
+Made by `python experiments/checks/one_record.py`; every number is checked by `tests/test_one_record.py`.
 The record is one of the toy world's, the policy its base model, alpha = {ALPHA}, beta = {BETA}.
 
 ## 1. A line of the preference file (`harness/inputs/preferences.py`)

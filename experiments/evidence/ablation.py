@@ -1,11 +1,12 @@
 """Is optimism more than slower or faster learning, and which term, alpha and y does what?
 
-    python experiments/ablation.py            23 CPU minutes
-    python experiments/ablation.py --quick    seconds, no evidence; writes to runs/ablation_quick/
-    python experiments/ablation.py --draw --full     all measures, from the numbers that are there
+    python experiments/evidence/ablation.py            23 CPU minutes
+    python experiments/evidence/ablation.py --quick    seconds, no evidence; writes to
+                                                       runs/ablation_quick/
+    python experiments/evidence/ablation.py --draw --full    all measures, from the stored numbers
 
-WORLDS (harness/inputs/toy.py): "neutral", where the commonest word is of average taste, is the one to
-judge by. In "default" it is poor, which suits optimism; in "rare" the best words are the rarest.
+WORLDS (harness/inputs/toy.py): "neutral", where the commonest word is of average taste, is the one
+to judge by. In "default" it is poor, which suits optimism; in "rare" the best words are the rarest.
 ARMS: alpha 0, 1e-4 .. 1; y greedy, as the authors' code samples, and at temperature 1, as the paper
 writes; SELM's term; POPO's at four times SELM's alpha, for its slope at the start is a quarter; and
 XPO, whose pairs are its own. XPO's term alpha log pi(y) has SELM's gradient at alpha / beta: with
@@ -58,6 +59,7 @@ Test: pytest tests/test_experiments.py.
 """
 
 import functools
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -66,9 +68,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from common import (MEASURES, SEEDS, World, cell, command, differences, draw_panels, errorbars,
-                    markdown, mean_interval, minus, plain_logs)
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from experiments.evidence.common import (  # noqa: E402
+    MEASURES, SEEDS, World, cell, command, differences, draw_panels, errorbars, markdown,
+    mean_interval, minus, plain_logs)
 from harness.models import weights  # noqa: E402
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1)

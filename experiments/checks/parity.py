@@ -1,7 +1,7 @@
 """Is our loss the released one, and what do the released pipeline's other habits change?
 
-    python experiments/parity.py            (4 CPU minutes)
-    python experiments/parity.py --quick    (seconds: the formula, and the toy)
+    python experiments/checks/parity.py            (4 CPU minutes)
+    python experiments/checks/parity.py --quick    (seconds: the formula, and the toy)
 
 1. The formula: `selm.selm_loss`, the page `textbook.py`, and the authors' released expression
    (github.com/shenao-zhang/SELM, scripts/selm_trainer.py, `optimistic_dpo_loss`), written down here
@@ -24,7 +24,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
@@ -34,9 +34,9 @@ import selm  # noqa: E402
 import textbook  # noqa: E402
 import train_loop  # noqa: E402
 from harness.inputs import chat_template, preferences  # noqa: E402
+from harness.judging.evaluation import mean_interval  # noqa: E402
 from harness.models import weights  # noqa: E402
 from harness.runs import report  # noqa: E402
-from harness.judging.evaluation import mean_interval  # noqa: E402
 from harness.runs.run_folder import write_text  # noqa: E402
 
 REAL_DATA = ROOT.parent / "shared" / "data" / "prefs_real.jsonl"
@@ -93,7 +93,8 @@ def load_smollm2():
     gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None) if spec else None
     if gguf and REAL_DATA.exists():
         return (weights.load_model(gguf),
-                chat_template.ChatFormat(chat_template.load_tokenizer(gguf), weights.model_stop_ids(gguf)))
+                chat_template.ChatFormat(chat_template.load_tokenizer(gguf),
+                                         weights.model_stop_ids(gguf)))
     return None
 
 
@@ -202,7 +203,8 @@ def main(argv=None):
         schedule_from_zero(seeds))
     smollm2 = None if args.quick else load_smollm2()
     if smollm2:
-        records = sorted(preferences.load_preferences(REAL_DATA), key=lambda r: len(str(r)))[100:124]
+        records = preferences.load_preferences(REAL_DATA)
+        records = sorted(records, key=lambda record: len(str(record)))[100:124]
         results["effects"] |= {f"log pi(response), nats: {name}" if "share" not in name
                                and "log pi" not in name else name: value
                                for name, value in on_smollm2(*smollm2, records).items()}

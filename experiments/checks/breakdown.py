@@ -1,7 +1,8 @@
 """Does the default run break down, on any processor? Its seeds, each at several instruction sets.
 
-    python experiments/breakdown.py            seeds 0..19 at three instruction sets: 25 minutes
-    python experiments/breakdown.py --seeds 5 --flags "--alpha 0.3 --lr 6e-3"      another setting
+    python experiments/checks/breakdown.py     seeds 0..19 at three instruction sets: 25 minutes
+    python experiments/checks/breakdown.py --seeds 5 --flags "--alpha 0.3 --lr 6e-3"
+                                               another setting
 
 The same command gives other last digits on another processor, and a run that is near a cliff may
 fall there and not here. So each seed runs at each of the instruction sets that this processor has.
@@ -20,9 +21,10 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import ROOT, cell, markdown
-
-from harness.runs.report import rows_of
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from experiments.evidence.common import cell, markdown  # noqa: E402
+from harness.runs.report import rows_of  # noqa: E402
 
 SETS = {  # name -> the variables that choose it; "native" is whatever the processor offers
     "native": {},

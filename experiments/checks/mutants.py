@@ -1,8 +1,9 @@
 """Would the tests notice? Breaks one line at a time and runs the test that has to fail.
 
-    python experiments/mutants.py                 all faults, on two cores in about ten minutes
-    python experiments/mutants.py --only data.py  those of a file, or whose description has a word
-    python experiments/mutants.py --textbook      how many tests/test_textbook.py finds by itself
+    python experiments/checks/mutants.py                 all faults: ten minutes on two cores
+    python experiments/checks/mutants.py --only data.py  those of a file, or with a word in their
+                                                         description
+    python experiments/checks/mutants.py --textbook      how many tests/test_textbook.py finds alone
 
 Each mutant is (what goes wrong, file, the line's text, its broken text, the test that must fail).
 A copy of the repository is broken; yours is not touched. Ends with `N mutants, N killed`, and with
@@ -22,7 +23,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SELM, DATA, MODEL, SAMPLE, RANK, BOOK, LOOP, GPU = (f"tests/test_{name}.py" for name in (
     "selm", "data", "model", "sample", "rank", "textbook", "train_loop", "accelerator"))
 

@@ -3,15 +3,11 @@
     step     one update of train_loop.py against textbook.py's (as the authors' trainer: a padded
              batch of chosen + rejected, a padded batch of y, full logits, a reference model)
     loop     a whole iteration (sample, rank, reference, train), train_loop.py against textbook.py
-    long     the same at max length 1024, with as many prompts as fit
-    trl      the same on two responses a prompt against TRL's current DPOTrainer
     gather   selm.token_logps alone against textbook, row by row, and torch's fused cross entropy
     pieces   what each trick inside selm.token_logps pays for: the time with it changed
     sample   sample.generate against model.generate, and against transformers' own continuous
              batching, on the same prompts
-    scaling  our step's time and memory against batch size, response length and responses a prompt
     limit    useful FLOP/s of our step over what bare matrix products reach; where the rest goes
-    rank     rank.PairRM against llm-blender (benchmark_rank.py)
     load     memory that each of 2 and 4 processes adds when they load a policy to train (FSDP2)
     data     memory and time of everything but the models, 6,000 and 60,000 rows an iteration
     figure   draws results/benchmark.png from results/benchmark.json and prints it as tables
@@ -28,11 +24,8 @@ random ids whose lengths are log-normal with the real rows' means, spreads and c
 output says which. What is sampled is the chosen text, the rejected text, or neither (another
 row's), in thirds.
 
-TRL needs an environment of its own, next to the repository:
-    python -m venv ../venv-trl && ../venv-trl/bin/pip install torch==2.13.0 \
-        && ../venv-trl/bin/pip install trl==1.16.0 transformers==5.23.0
-
-Run: python experiments/benchmark.py step gather     (or all; --quick for small sizes, unsaved)
+Run: python experiments/benchmarks/benchmark.py step gather
+     (or all; --quick for small sizes, unsaved)
 Prints a table, then one JSON line a part; merges each part into results/benchmark.json.
 
 Legend: N response tokens, V vocabulary, H hidden size, T tokens, K responses a prompt.
@@ -60,11 +53,9 @@ from pathlib import Path
 
 # The parent process imports neither torch nor transformers: on Linux a child's ru_maxrss starts at
 # the parent's size (execve keeps the high-water mark), and a fat parent would hide small children.
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 REAL_DATA = ROOT.parent / "shared" / "data" / "prefs_real.jsonl"
-TRL_PYTHON = ROOT.parent / "venv-trl" / "bin" / "python"
 SMOLLM2 = dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
                intermediate_size=1536, vocab_size=49152, max_position_embeddings=8192,
                tie_word_embeddings=True, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
@@ -77,7 +68,7 @@ ALPHA, BETA, LR = 0.1, 0.1, 1e-5
 # ----------------------------------------------------------------------------------------------
 
 
-def measure(worker, settings, python=sys.executable):
+def measure(worker, settings):
     """Runs worker_<name>(settings) in a process of its own -> its dict plus "peak_gib".
 
     None if it ran out of memory: it may take what is free now less 1 GiB, so that the machine's
@@ -85,7 +76,7 @@ def measure(worker, settings, python=sys.executable):
     """
     threads = str(settings["threads"])
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    done = subprocess.run([str(python), __file__, "--worker", worker, json.dumps(settings)],
+    done = subprocess.run([sys.executable, __file__, "--worker", worker, json.dumps(settings)],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           env=environment)
     if done.returncode == 0:
@@ -113,7 +104,7 @@ def work(worker, settings):
 
 
 def alternate(sides, rounds):
-    """sides: name -> (worker, settings[, python]). A B A B ... -> name -> list of results, or None
+    """sides: name -> (worker, settings). A B A B ... -> name -> list of results, or None
     for a side that does not fit into memory."""
     results = {name: [] for name in sides}
     for r in range(rounds):
@@ -201,27 +192,18 @@ def synthetic_rows(count):
 
 
 def load_trees(settings):
-    """A list of steps, each a list of data.Tree. From rows.json, or of exact random sizes."""
+    """A list of steps, each a list of data.Tree, from rows.json."""
     import data
-    chooser, per_step, steps = random.Random(1), settings["prompts"], settings["steps"] + 1
-    if "response_length" in settings:
-        ids = lambda n: chooser.choices(range(3, 4000), k=n)
-        k = settings["responses"]
-        trees = [data.Tree(ids(settings["prompt_length"]),
-                           [ids(settings["response_length"]) for _ in range(k)], 0, 1,
-                           list(range(2, k)) or [0]) for _ in range(per_step * steps)]
-    else:
-        rows, trees = read_rows(settings)["rows"], []
-        for i in range(per_step * steps):
-            prompt, chosen, rejected = rows[i]
-            sampled = (chosen, rejected, rows[-1 - i][1])[i % 3]
-            prompt = data.cut_prompt(prompt, settings["max_prompt"])
-            room = settings["max_length"] - len(prompt)
-            texts = [ids[:room] for ids in (chosen, rejected, sampled)]
-            distinct = texts[:2] + [t for t in texts[2:]
-                                    if settings["alpha"] and t not in texts[:2]]
-            trees.append(data.Tree(prompt, distinct, 0, 1,
-                                   [distinct.index(texts[2])] if settings["alpha"] else []))
+    per_step, steps = settings["prompts"], settings["steps"] + 1
+    rows, trees = read_rows(settings)["rows"], []
+    for i in range(per_step * steps):
+        prompt, chosen, rejected = rows[i]
+        sampled = (chosen, rejected, rows[-1 - i][1])[i % 3]
+        prompt = data.cut_prompt(prompt, settings["max_prompt"])
+        room = settings["max_length"] - len(prompt)
+        texts = [ids[:room] for ids in (chosen, rejected, sampled)]
+        distinct = texts[:2] + [t for t in texts[2:] if t not in texts[:2]]
+        trees.append(data.Tree(prompt, distinct, 0, 1, [distinct.index(texts[2])]))
     return [trees[i:i + per_step] for i in range(0, len(trees), per_step)]
 
 
@@ -235,7 +217,7 @@ def load_lm(settings, attention):
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. The training step: textbook, ours, TRL's
+# 3. The training step: textbook and ours
 # ----------------------------------------------------------------------------------------------
 
 
@@ -292,7 +274,7 @@ def worker_step_ours(settings):
                              compile=settings.get("compile"))
     weights = list(policy.parameters())
     optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.0, fused=True)
-    batches, seconds, update_seconds, losses = load_trees(settings), [], [], []
+    batches, seconds, losses = load_trees(settings), [], []
     for trees in batches:
         start = time.perf_counter()
         with torch.no_grad():
@@ -305,58 +287,12 @@ def worker_step_ours(settings):
     for n, trees in enumerate(batches):
         start = time.perf_counter()
         metrics = our_gradient(policy, trees, settings)
-        middle = time.perf_counter()
         train_loop.clip(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(metrics["loss"])
         seconds[n] += time.perf_counter() - start
-        update_seconds.append(time.perf_counter() - middle)
-    return {"seconds": statistics.mean(seconds[1:]), "losses": losses,
-            "update_seconds": statistics.mean(update_seconds[1:]),
-            "tokens_a_step": statistics.mean(sum(t.size.tokens for t in trees)
-                                             for trees in batches[1:])}
-
-
-def worker_step_trl(settings):
-    """TRL's DPOTrainer, in fp32 and without checkpointing as ours; everything else its default."""
-    import torch
-    import trl
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-    rows = [{"prompt_ids": t.prompt_ids, "chosen_ids": t.responses[t.chosen],
-             "rejected_ids": t.responses[t.rejected]} for t in sum(load_trees(settings), [])]
-    seconds = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            seconds.append(-time.perf_counter())
-
-        def on_step_end(self, *args, **kwargs):
-            seconds[-1] += time.perf_counter()
-
-    class Trainer(trl.DPOTrainer):  # our ids, in our order: only padding needs the tokenizer
-        def _prepare_dataset(self, dataset, *args, **kwargs):
-            return dataset
-
-        def _get_train_sampler(self, *args, **kwargs):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 2}, "<pad>")),
-        pad_token="<pad>", eos_token="<pad>")
-    arguments = trl.DPOConfig(
-        tempfile.mkdtemp(), per_device_train_batch_size=settings["prompts"], bf16=False, beta=BETA,
-        max_steps=settings["steps"] + 1, max_length=settings["max_length"], learning_rate=LR,
-        lr_scheduler_type="constant", use_cpu=True, gradient_checkpointing=False, logging_steps=1,
-        report_to="none", save_strategy="no", disable_tqdm=True)
-    trainer = Trainer(
-        load_lm(settings, "sdpa"), args=arguments, train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer, callbacks=[Clock()])
-    trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return {"seconds": statistics.mean(seconds[1:]), "losses": losses, "trl": trl.__version__}
+    return {"seconds": statistics.mean(seconds[1:]), "losses": losses}
 
 
 def check_losses(results):
@@ -369,10 +305,6 @@ def check_losses(results):
             "loss_difference": worst}
 
 
-def step_sides(settings):
-    return {"ours": ("step_ours", settings), "textbook": ("step_textbook", settings)}
-
-
 def compiler():
     """What train_loop.py's --compile uses; it needs a C++ compiler."""
     return "inductor" if shutil.which("g++") else None
@@ -383,40 +315,9 @@ def part_step(common, quick):
     settings = {**common, "alpha": ALPHA, "prompts": 2 if quick else 4, "steps": 1, "tokens": 768,
                 "max_length": 96 if quick else 512, "max_prompt": 48 if quick else 128,
                 "compile": compiler()}
-    results = alternate(step_sides(settings), 1 if quick else 3)
+    results = alternate({"ours": ("step_ours", settings), "textbook": ("step_textbook", settings)},
+                        1 if quick else 3)
     return {**compare(results, "ours", "textbook"), **check_losses(results), "settings": settings}
-
-
-def part_long(common, quick):
-    """(a) at max length 1024, with as many prompts as the textbook's memory leaves room for."""
-    out = {}
-    for prompts in (1,) if quick else (2, 1):  # 2 fit into 24 GiB, by far not 4
-        settings = {**common, "alpha": ALPHA, "prompts": prompts, "steps": 1, "tokens": 1024,
-                    "max_length": 128 if quick else 1024, "max_prompt": 64 if quick else 256,
-                    "compile": compiler()}
-        sides = step_sides(settings)
-        results = alternate(sides, 1)
-        if not results["textbook"]:
-            out[f"with_{prompts}_prompts"] = {"ours": medians(results["ours"]),
-                                              "textbook": "out of memory"}
-            continue
-        if not quick:
-            results = {name: results[name] + more for name, more in alternate(sides, 2).items()}
-        return {**out, **compare(results, "ours", "textbook"), **check_losses(results),
-                "settings": settings}
-    return out
-
-
-def part_trl(common, quick):
-    """(b) ours against TRL's DPOTrainer: 2 prompts a step, TRL's in one batch (its default)."""
-    if not TRL_PYTHON.exists():
-        return {"skipped": f"no {TRL_PYTHON}; see the head of this file for how to make it"}
-    base = {**common, "alpha": 0, "prompts": 2, "steps": 1, "tokens": 768,
-            "max_length": 96 if quick else 512, "max_prompt": 48 if quick else 128}
-    results = alternate({"ours": ("step_ours", base),
-                         "trl": ("step_trl", base, TRL_PYTHON)}, 1 if quick else 3)
-    return {**compare(results, "ours", "trl"), **check_losses(results), "settings": base,
-            "trl": results["trl"] and results["trl"][0]["trl"]}
 
 
 def loop_rows(settings):
@@ -462,7 +363,8 @@ def worker_loop_ours(settings):
                     *f"--iterations 1 --alpha {ALPHA} --beta {BETA} --lr {LR} --eval-prompts 0 "
                     f"--batch-size {settings['batch']} --max-length 1024 --max-prompt-length 512 "
                     f"--max-new-tokens {settings['new_tokens']} --tokens-per-forward 768".split()])
-    chat = chat_template.ChatFormat(chat_template.load_tokenizer(folder), weights.model_stop_ids(folder))
+    chat = chat_template.ChatFormat(chat_template.load_tokenizer(folder),
+                                    weights.model_stop_ids(folder))
     shutil.rmtree(s.run_dir, ignore_errors=True)
     run, records = run_folder.Run(s.run_dir), loop_rows(settings)
     s.run_dir.mkdir()
@@ -708,51 +610,8 @@ def part_sample(common, quick):
 
 
 # ----------------------------------------------------------------------------------------------
-# 5. Scaling, and how close to the machine's limit
+# 5. How close to the machine's limit, and memory
 # ----------------------------------------------------------------------------------------------
-
-
-def log_log_slope(points, x, y):
-    import numpy
-    return round(float(numpy.polyfit(numpy.log([p[x] for p in points]),
-                                     numpy.log([p[y] for p in points]), 1)[0]), 3)
-
-
-def part_scaling(common, quick):
-    """(e) our step from a base point along one axis at a time; exact sizes, random ids.
-
-    The update costs the same whatever the batch, so slopes are of seconds less update.
-    """
-    base = {**common, "alpha": ALPHA, "prompts": 2, "prompt_length": 64, "response_length": 64,
-            "responses": 2, "steps": 1, "tokens": 384}
-    if quick:
-        base |= {"prompt_length": 16, "response_length": 24, "tokens": 128}
-    axes = {"prompts": (2, 4) if quick else (1, 2, 4, 8, 16),
-            "response_length": (24, 48) if quick else (32, 64, 128, 256),
-            "responses": (2, 3) if quick else (2, 4, 8)}
-
-    def name(axis, value):
-        s = {**base, axis: value}
-        return (f"{s['prompts']} x ({s['prompt_length']} + "
-                f"{s['responses']} x {s['response_length']})")
-
-    # A dict: the axes cross in the base point, which is measured once.
-    results = alternate({name(axis, value): ("step_ours", {**base, axis: value})
-                         for axis, values in axes.items() for value in values}, 1 if quick else 3)
-    out = {"settings": base, "axes": {}, "slopes": {}}
-    for axis, values in axes.items():
-        points = []
-        for value in values:
-            runs = results[name(axis, value)]
-            if runs:  # else it did not fit into memory, as `alternate` has said
-                points.append({
-                    axis: value, "tokens": runs[0]["tokens_a_step"], **medians(runs),
-                    "pass_seconds": statistics.median(
-                        r["seconds"] - r["update_seconds"] for r in runs)})
-        out["axes"][axis] = points
-        out["slopes"][axis] = {"seconds_by_tokens": log_log_slope(points, "tokens", "pass_seconds"),
-                               "peak_by_tokens": log_log_slope(points, "tokens", "peak_gib")}
-    return out
 
 
 def matmul_flops(config, tokens, response_tokens):
@@ -854,18 +713,6 @@ def part_limit(common, quick):
             "profile": run["profile"], "settings": settings}
 
 
-def worker_rank(settings):
-    import benchmark_rank
-    result = benchmark_rank.run(prompts=4 if settings["quick"] else 8,
-                                rounds=1 if settings["quick"] else 3)
-    return {"result": result}
-
-
-def part_rank(common, quick):
-    """PairRM's throughput against llm-blender's; a process of its own for the thread count."""
-    return measure("rank", {**common, "quick": quick})["result"]
-
-
 def worker_load(settings):
     """One of several processes under torchrun -> {} (process 0 writes what all added)."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -885,8 +732,9 @@ def worker_load(settings):
     shares = distributed.gather([round(kib / 1024) for kib in (peak, after)])  # MiB
     size = sum(p.numel() for p in policy.parameters()) * 4 / 2**20
     if distributed.PROCESS == 0:
-        Path(settings["out"]).write_text(json.dumps({"processes": distributed.PROCESSES, "weights_mib":
-                                                     round(size), "peak_and_kept_mib": shares}))
+        Path(settings["out"]).write_text(json.dumps({
+            "processes": distributed.PROCESSES, "weights_mib": round(size),
+            "peak_and_kept_mib": shares}))
     del policy
     distributed.stop()
     return {}
@@ -952,7 +800,8 @@ def stub_start(folder, records):
     (folder / "judge.py").write_text(
         "def judge(prompts, candidates):\n"
         "    return [[len(text) for text in texts] for texts in candidates]\n")
-    chat = chat_template.ChatFormat(chat_template.load_tokenizer(folder), weights.model_stop_ids(folder))
+    chat = chat_template.ChatFormat(chat_template.load_tokenizer(folder),
+                                    weights.model_stop_ids(folder))
     run = run_folder.Run(folder / f"data_{len(records)}")
     s = flags.read(["--model", str(folder), "--data", "x/y", "--run-dir", str(run.folder),
                     "--iterations", "1", "--max-length", "1024", "--max-prompt-length", "512",
@@ -984,10 +833,8 @@ def part_data(common, quick):
 # 6. Results: one JSON file, one figure drawn from it alone
 # ----------------------------------------------------------------------------------------------
 
-PARTS = {"step": part_step, "loop": part_loop, "long": part_long, "trl": part_trl,
-         "gather": part_gather, "pieces": part_pieces, "sample": part_sample,
-         "scaling": part_scaling, "limit": part_limit, "rank": part_rank, "load": part_load,
-         "data": part_data}
+PARTS = {"step": part_step, "loop": part_loop, "gather": part_gather, "pieces": part_pieces,
+         "sample": part_sample, "limit": part_limit, "load": part_load, "data": part_data}
 
 
 def merge(path, name, result):
@@ -1003,42 +850,26 @@ def table(results):
     """The README's tables, in Markdown."""
     lines = ["| part | against | speed-up | seconds, ours / theirs | peak memory, ours / theirs |",
              "|---|---|---|---|---|"]
-    for part, against in (("step", "textbook step"), ("long", "textbook step, 1024 tokens"),
-                          ("trl", "TRL's DPOTrainer"), ("sample", "model.generate")):
+    for part, against in (("step", "textbook step"), ("sample", "model.generate")):
         r = results.get(part, {})
         if r.get("speedup"):
             a, b = r["ours"], r["theirs"]
             lines.append(f"| `{part}` | {against} | **{r['speedup']:.2f}x** "
                          f"| {a['seconds']:.1f} / {b['seconds']:.1f} | {a['peak_gib']:.2f} / "
                          f"{b['peak_gib']:.2f} GiB = {a['peak_gib'] / b['peak_gib']:.2f} |")
-    if "rank" in results:
-        r = results["rank"]
-        seconds = (r["pairs"] / r[key] for key in ("pairs_per_second",
-                                                   "llm_blender_pairs_per_second"))
-        lines.append(f"| `rank` | llm-blender's Blender.rank | **{r['speedup']:.2f}x** | "
-                     + " / ".join(f"{s:.1f}" for s in seconds) + " | one process |")
     if "gather" in results:
         lines += ["", "| `gather`: V | N | method | seconds | GiB added |", "|---|---|---|---|---|"]
         for r in results["gather"]["rows"]:
             cells = (f"{r['seconds']:.2f} | {r['added_gib']:.2f}" if "seconds" in r else
                      "does not fit | ")
             lines.append(f"| {r['V']} | {r['N']} | {r['method']} | {cells} |")
-    if "scaling" in results:
-        lines += ["", "| `scaling` along | tokens a step | slope of seconds | peak GiB |",
-                  "|---|---|---|---|"]
-        for axis, points in results["scaling"]["axes"].items():
-            slope = results["scaling"]["slopes"][axis]["seconds_by_tokens"]
-            lines.append(f"| {axis.replace('_', ' ')} {points[0][axis]} to {points[-1][axis]} | "
-                         + " ".join(f"{p['tokens']:.0f}" for p in points) + f" | {slope:.2f} | "
-                         + " ".join(f"{p['peak_gib']:.2f}" for p in points) + " |")
     return "\n".join(lines)
 
 
 def draw_bars(results, axes):
     """Ours = 1: how many times the time and memory the others take."""
     bars = []
-    for part, label in (("step", "textbook\nstep"), ("long", "textbook\nlong"),
-                        ("loop", "textbook\nloop"), ("trl", "TRL\nstep"),
+    for part, label in (("step", "textbook\nstep"), ("loop", "textbook\nloop"),
                         ("sample", "model.\ngenerate")):
         if results.get(part, {}).get("speedup"):
             bars.append((label, results[part]["speedup"], 1 / results[part]["memory_ratio"]))
@@ -1072,19 +903,6 @@ def draw_gather(rows, *, axes, key, label):
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def draw_scaling(axes_points, *, axes, key, label):
-    for axis, points in axes_points.items():
-        axes.plot([p["tokens"] for p in points], [p[key] for p in points], marker=".",
-                  label=f"more {axis}" if axis != "response_length" else "longer responses")
-    axes.set(title=f"Our step: {label}", xlabel="tokens a step", ylabel=label, xscale="log",
-             yscale="log" if key != "peak_gib" else "linear")
-    axes.set_ylim(bottom=0 if key == "peak_gib" else None)
-    log_axis(axes.xaxis)
-    if key != "peak_gib":
-        log_axis(axes.yaxis)
-    axes.legend(fontsize=8)
-
-
 def draw_profile(limit, axes):
     axes.barh(list(limit["profile"])[::-1], list(limit["profile"].values())[::-1])
     axes.set(title=f"Where a step's time goes\n(useful FLOP/s: {limit['fraction']:.0%} of bare "
@@ -1101,10 +919,6 @@ def figure(folder):
     if "gather" in results:
         draw += [functools.partial(draw_gather, results["gather"]["rows"], key=key, label=label)
                  for key, label in (("seconds", "seconds"), ("added_gib", "GiB added"))]
-    if "scaling" in results:
-        draw += [functools.partial(draw_scaling, results["scaling"]["axes"], key=key, label=label)
-                 for key, label in (("pass_seconds", "seconds without update"),
-                                    ("peak_gib", "peak GiB"))]
     if "limit" in results:
         draw.append(functools.partial(draw_profile, results["limit"]))
     columns = min(3, len(draw))
@@ -1137,18 +951,18 @@ def main():
     add("--quick", action="store_true",
         help="small sizes, one round; not written to disk unless --results is given")
     add("--threads", type=int, default=2, help="threads of every worker (default 2)")
-    add("--results", type=Path, help="folder of benchmark.json (default: results/ here)")
+    add("--results", type=Path, help="folder of benchmark.json (experiments/results)")
     add("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(args.worker[0], json.loads(args.worker[1]))
     if not args.parts or set(args.parts) - set(choices):
         parser.error(f"name one or more of: {', '.join(choices)}")
-    folder = args.results or HERE / "results"
+    folder = args.results or ROOT / "experiments/results"
     names = list(PARTS) if "all" in args.parts else [p for p in args.parts if p != "figure"]
     with tempfile.TemporaryDirectory(prefix="selm-benchmark-") as scratch:
         common, lines = {"folder": scratch, "threads": args.threads}, []
-        setup = measure("prepare", common) if names and names != ["rank"] else {}
+        setup = measure("prepare", common) if names else {}
         print(", ".join(f"{k} {v}" for k, v in setup.items() if k in ("weights", "rows", "torch"))
               + f", {processor()}")
         for name in names:

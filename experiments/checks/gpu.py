@@ -1,8 +1,10 @@
 """What only a GPU can show, in one command for whoever has one: numbers, memory, speed.
 
-    python experiments/gpu.py                  all parts, half an hour or so; into results/gpu.json
-    python experiments/gpu.py products memory  some of them
-    python experiments/gpu.py --rehearse       tiny, on the CPU, unsaved: that it runs, no evidence
+    python experiments/checks/gpu.py                  all parts, about half an hour;
+                                                      writes results/gpu.json
+    python experiments/checks/gpu.py products memory  some of them
+    python experiments/checks/gpu.py --rehearse       tiny, on the CPU, unsaved: shows that the
+                                                      parts run, no evidence
 
     products   selm.token_logps in bf16: values and gradients against fp64 on the CPU
     attention  packed log-probs against the model's own, row by row under eager attention, and
@@ -10,7 +12,8 @@
     sampling   greedy tokens of sample.generate against model.generate, fp32; slots that move
     offload    20 updates with --offload and without: the weights, fp32 and bf16
     toy        the default run on the GPU: does the true reward rise?
-    memory     torch's peak in training and in sampling against harness/models/memory.py, five shapes
+    memory     torch's peak in training and in sampling against harness/models/memory.py, in five
+               shapes
     speed      tokens a second of training and of sampling, five shapes
     (then: python -m pytest -q, and torchrun --nproc-per-node N train_loop.py ... where there are N)
 
@@ -35,7 +38,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
@@ -85,7 +88,7 @@ def products(device, _):
 
 
 def attention(device, rehearse):
-    """harness/models/compatibility.py's own check, which raises where a log-prob is off; and gradients as
+    """The check of harness/models/compatibility.py, which raises where a log-prob is off; gradients as
     in training: fp32 weights, and autocast for bf16."""
     found, far, hidden = {}, {}, 64 if rehearse else 512
     for kind, dtype in itertools.product(("grouped heads", "window"),

@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -32,12 +32,11 @@ from tqdm import tqdm  # noqa: E402
 
 import sample  # noqa: E402
 import train_loop  # noqa: E402
-from harness.inputs import chat_template, toy  # noqa: E402
+from harness.inputs import chat_template, preferences, toy  # noqa: E402
 from harness.judging import judges  # noqa: E402
+from harness.judging.evaluation import mean_interval  # noqa: E402
 from harness.models import weights  # noqa: E402
 from harness.runs import run_folder, settings, setup  # noqa: E402
-from harness.inputs import preferences  # noqa: E402
-from harness.judging.evaluation import mean_interval  # noqa: E402
 
 SEEDS = range(10)  # named before the first run, used throughout, all reported
 SAMPLES = 32  # replies to each of the 48 test prompts in every measure
@@ -54,8 +53,8 @@ MEASURES = {"reward": "true reward", "share_good": "rewards > 0.75", "coverage":
 class World:
     """A toy world of one seed. home: a folder where worlds share their base models.
 
-    variant: harness.inputs.toy's; width: of the model; rows: preference rows an iteration; second_turn:
-    every prompt asks for a second answer.
+    variant: of harness/inputs/toy.py; width: of the model; rows: preference rows an iteration;
+    second_turn: every prompt asks for a second answer.
     """
 
     def __init__(self, home, seed, variant="neutral", *, width=64, rows=512, iterations=3,

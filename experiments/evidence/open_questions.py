@@ -1,7 +1,7 @@
 """The paper's open questions, small: which alpha for which size, second turns, or an ensemble?
 
-    python experiments/open_questions.py            14 CPU minutes
-    python experiments/open_questions.py --quick    seconds, no evidence
+    python experiments/evidence/open_questions.py            14 CPU minutes
+    python experiments/evidence/open_questions.py --quick    seconds, no evidence
 
 1. WHICH ALPHA. Three widths by three amounts of data, the default world (its habit is bad, so that
    there is an alpha to find), greedy y, one iteration: the alpha of the grid with the highest true
@@ -49,22 +49,24 @@ Test: pytest tests/test_experiments.py.
 import functools
 import math
 import random
+import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import common
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
-from common import (World, cell, command, differences, draw_panels, errorbars, markdown,
-                    mean_interval, minus)
-from torch.nn.functional import softplus
+from torch.nn.functional import softplus  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import sample  # noqa: E402
+from experiments.evidence import common  # noqa: E402
+from experiments.evidence.common import (  # noqa: E402
+    World, cell, command, differences, draw_panels, errorbars, markdown, mean_interval, minus)
 from harness.inputs import toy  # noqa: E402
 from harness.models import weights  # noqa: E402
 from harness.runs import run_folder  # noqa: E402

@@ -1,12 +1,15 @@
 """What does the optimism term do: nothing at first, or leave the habit; and how large is it?
 
-    python experiments/mechanism.py            12 CPU minutes
-    python experiments/mechanism.py --quick    seconds, no evidence; writes to runs/mechanism_quick/
-    python experiments/mechanism.py --share MODEL iter_1/pairs.jsonl     question (c) for any model:
-        a folder or .gguf file and the pairs that a run has made with it, one row at a time
-    python experiments/mechanism.py --habit MODEL DATA JUDGE     question (b) for any model: are its
-        greedy answers worse than its sampled ones? 48 prompts of DATA, 4 samples each, at most 112
-        tokens; JUDGE is what --ranker takes. SmolLM2 with real_model.py's judge: 4 CPU minutes
+    python experiments/evidence/mechanism.py            12 CPU minutes
+    python experiments/evidence/mechanism.py --quick    seconds, no evidence; writes to
+                                                        runs/mechanism_quick/
+    python experiments/evidence/mechanism.py --share MODEL iter_1/pairs.jsonl
+        question (c) for any model, a folder or .gguf file, and the pairs that a run has made with
+        it, one row at a time
+    python experiments/evidence/mechanism.py --habit MODEL DATA JUDGE
+        question (b) for any model: are its greedy answers worse than its sampled ones? 48 prompts
+        of DATA, 4 samples each, at most 112 tokens; JUDGE is what --ranker takes. SmolLM2 with
+        real_model.py's judge: 4 CPU minutes
 
 The term is alpha beta log pi(y)/pi_ref(y), to be minimised (selm.py). Its gradient decides what it
 can do, and that depends on who y is. Three predictions, written down and committed before seeds
@@ -60,22 +63,25 @@ import functools
 import math
 import random
 import sys
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
-from common import (MEASURES, SEEDS, World, cell, command, differences, draw_panels, errorbars,
-                    jackknife, markdown, minus, plain_logs)
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import sample  # noqa: E402
 import textbook  # noqa: E402
+from experiments.evidence.common import (  # noqa: E402
+    MEASURES, SEEDS, World, cell, command, differences, draw_panels, errorbars, jackknife,
+    markdown, minus, plain_logs)
 from harness.inputs import chat_template, preferences  # noqa: E402
 from harness.judging import judges  # noqa: E402
+from harness.judging.evaluation import mean_interval  # noqa: E402
 from harness.models import weights  # noqa: E402
 from harness.runs import run_folder  # noqa: E402
-from harness.judging.evaluation import mean_interval  # noqa: E402
 from harness.runs.settings import stream  # noqa: E402
 
 ALPHA = 0.3
@@ -229,7 +235,8 @@ def share_table(model, pairs, rows=32):
 def habit_of(model, data, judge, prompts=48, samples=4, limit=112):
     """What --habit prints: the judge's mean score of greedy and of sampled answers, and how often a
     sampled answer beats the greedy one. Prompts are shuffled by seed 0."""
-    chat = chat_template.ChatFormat(chat_template.load_tokenizer(model), weights.model_stop_ids(model))
+    chat = chat_template.ChatFormat(chat_template.load_tokenizer(model),
+                                    weights.model_stop_ids(model))
     records = {preferences.prompt_key(r): r for r in preferences.load_preferences(data)}
     records = random.Random(0).sample(list(records.values()), min(int(prompts), len(records)))
     lm, judge = weights.load_model(model), judges.load_judge(judge)
