@@ -35,7 +35,7 @@ import train_loop  # noqa: E402
 from harness.inputs import chat_template, toy  # noqa: E402
 from harness.judging import judges  # noqa: E402
 from harness.models import weights  # noqa: E402
-from harness.runs import run_folder, settings, setup  # noqa: E402
+from harness.runs import output_files, run_folder, settings, setup  # noqa: E402
 from harness.inputs import preferences  # noqa: E402
 from harness.judging.evaluation import mean_interval  # noqa: E402
 
@@ -101,7 +101,7 @@ class World:
         """The same -> the measures after each iteration."""
         with tempfile.TemporaryDirectory(dir=self.home) as folder:
             policies = self.policies(Path(folder), **changes)
-            shares = {row["iteration"]: row["optimism_share"] for _, row in run_folder.read_jsonl(
+            shares = {row["iteration"]: row["optimism_share"] for _, row in output_files.read_jsonl(
                 Path(folder) / "metrics.jsonl") if "optimism_share" in row}
             return [self.measure(policy) | {"share": shares.get(k, 0.0)}
                     for k, policy in enumerate(policies, 1)]
