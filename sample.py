@@ -19,8 +19,8 @@ SELM samples one response for each of thousands of prompts, and their lengths di
     step), and shows the model no more of the cache than the longest live row fills.
   - Of the next AHEAD * slots prompts the longest come first. Prompts of similar length are then
     prefilled together, with little padding, and a long one does not run alone at the end.
-  - Responses are yielded in the order of their prompts, each as soon as it and all before it have
-    ended. So a kill loses at most (2 * AHEAD + 1) * slots finished responses.
+  - A response is yielded as soon as it has ended, with the number of its prompt. So a kill loses
+    only the responses in the slots.
   - On a CPU most of a step is matrix products with few rows: see `packed_linears`.
 
 A sample depends only on its prompt and its seed, and not on the slots, the other prompts or the
@@ -28,8 +28,8 @@ number of processes: each prompt has its own stream of uniform numbers, one per 
 with another number of rows, rounding differs and can decide a near tie differently.)
 
 Replaces textbook.py's `sample`. Leaves templates to harness/inputs/chat_template.py, and loading to
-harness/models/weights.py. harness/models/compatibility.py decides whether an architecture can use slots (a few
-need another attention, some another sampler).
+harness/models/weights.py. harness/models/compatibility.py decides whether an architecture can use
+slots (a few need another attention, some another sampler).
 Run:  python sample.py --model runs/toy/iter_3/policy --prompt "describe the fox"
 Test: pytest tests/test_sample.py.    Read next: rank.py.
 
@@ -224,13 +224,14 @@ def generate(model, prompt_ids, *, max_new_tokens, seeds=None, progress=True, by
     requests = list(zip(prompt_ids, limits, seeds, strict=True))
     for i, request in enumerate(requests):  # before the first is sampled
         make_slot(model.config, i, *request)
-    return list((by or serve)(model, requests, expected=count if progress else None, **options))
+    responses = (by or serve)(model, requests, expected=count if progress else None, **options)
+    return [response for _, response in sorted(responses)]
 
 
 @torch.no_grad()  # under inference_mode, buffers that a model replaces could not be trained on
 def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, expected=None):
-    """Requests, any iterable of (prompt ids, limit, seed) -> yields their responses, lists of ids,
-    in the order of the requests. Reads only as many requests as it needs.
+    """Requests, any iterable of (prompt ids, limit, seed) -> yields (number of the request, its
+    response, a list of ids), each as soon as it has ended. Reads only as many requests as it needs.
 
     A response ends with the first of `stop_ids` (kept), or at its limit; temperature 0 is greedy.
     expected: the number of requests (0: unknown), for a progress bar; None: no bar. Errors: those
@@ -241,16 +242,15 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
     waiting = longest_last(coming, AHEAD * slots)
     slots = min(slots, len(waiting))
     cache = SlotCache(slots, context_length(model.config))
-    live, ended, due, sampled, was_training = [], {}, 0, 0, model.training
+    live, ended, sampled, was_training = [], 0, 0, model.training
     model.eval()
     try:
         with packed_linears(model), tqdm(total=expected or None, desc="sample", unit="response",
                                          leave=False, disable=expected is None) as bar:
             while waiting or live:
                 free = min(slots - len(live), len(waiting))
-                enough = worth_a_prefill(slots, sampled / max(due + len(ended), 1))
-                # Start no more while many ended responses wait for a slow one.
-                if free >= min(enough, len(waiting)) > 0 and len(ended) < 2 * AHEAD * slots:
+                enough = worth_a_prefill(slots, sampled / max(ended, 1))
+                if free >= min(enough, len(waiting)) > 0:
                     taken = [waiting.pop() for _ in range(free)]
                     prefill(model, cache, [slot.prompt for slot in taken], len(live))
                     live += taken
@@ -260,14 +260,24 @@ def serve(model, requests, *, stop_ids, slots=16, temperature=0.0, top_p=1.0, ex
                 tokens = pick_tokens(lm_logits, uniforms, temperature, top_p).tolist()
                 sampled += len(live)
                 for slot in advance(live, cache, tokens, stop_ids):
-                    ended[slot.index] = slot.response
+                    ended += 1
                     bar.update()
-                while due in ended and (waiting or live):
-                    yield ended.pop(due)
-                    due += 1
+                    yield slot.index, slot.response
     finally:
         model.train(was_training)
-    yield from (ended[index] for index in sorted(ended))  # after the model is restored
+
+
+def by_prompt(responses, count):
+    """What `serve` yields of requests that are `count` in a row for each prompt -> yields (number
+    of the prompt, its responses in the order of the requests), as soon as all have ended."""
+    waiting = {}  # prompt -> {number of the response: response}
+    for index, response in responses:
+        prompt, j = divmod(index, count)
+        found = waiting.setdefault(prompt, {})
+        found[j] = response
+        if len(found) == count:
+            del waiting[prompt]
+            yield prompt, [found[j] for j in range(count)]
 
 
 def worth_a_prefill(slots, length):
@@ -365,5 +375,5 @@ def advance(live, cache, tokens, stop_ids):
 
 
 if __name__ == "__main__":
-    from harness.runs import sample_command  # the command line: a prompt, a chat, AlpacaEval's outputs
+    from harness.runs import sample_command  # a prompt, a chat, AlpacaEval's outputs
     exits.run(sample_command.main, goes_on="nothing was written")

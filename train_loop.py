@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import data
 import rank
+import sample
 import selm
 from harness.inputs import engine_samples
 from harness.judging import duel, held_out
@@ -54,37 +55,38 @@ CHUNK = 1024  # prompts that are tokenised and judged together
 def self_explore(run, start, settings):
     """All iterations of one arm (one alpha, one seed).
 
-    once(path, phase, items, ...): reads what is finished at `path`. Else phase(items, ...), a
-    generator, yields a row for each item, and the .jsonl file comes back as rundir.Rows (a list on
-    disk; rows.of(prompt_id)). Where `path` is a folder, phase(path, ...) writes it.
+    run.rows(path, phase, items, ...): if the file is finished and intact, load it. Otherwise
+    phase(items, ...), a generator, makes a row for each item. The result is a list on disk, Rows,
+    with rows.of(prompt_id). run.folder(path, phase, ...): the same for a folder, which
+    phase(path, ...) writes.
     """
-    once, policy = run.once, start.policy  # a policy is a PATH here and in section 2
-    evaluate(run, start.run.folder / "start", policy, start, settings.at(settings.first - 1))
+    policy = start.policy  # a policy is a PATH here and in section 2
+    evaluate(run, start.run.path / "start", policy, start, settings.at(settings.first - 1))
     for k, portion in enumerate(start.portions, settings.first):
-        here, s = run.folder / f"iter_{k}", settings.at(k)
+        here, s = run.path / f"iter_{k}", settings.at(k)
 
         # y ~ pi(.|x), then the best and the worst of {y, y_w, y_l}
         draw = engine_samples.samples if s.samples_from else sample_responses
-        samples = [once(here / "samples.jsonl", draw, portion, policy, start, s)]
+        samples = [run.rows(here / "samples.jsonl", draw, portion, policy, start, s)]
         if s.pairs == "reference":  # XPO's: one of the first model, too, by other random numbers
-            samples.append(once(here / "reference_samples.jsonl", draw, portion, start.policy,
-                                start, replace(s, iteration=f"{k}, reference")))
-        pairs = once(here / "pairs.jsonl", rank_candidates, portion, samples, start, s)
+            samples.append(run.rows(here / "reference_samples.jsonl", draw, portion, start.policy,
+                                    start, replace(s, iteration=f"{k}, reference")))
+        pairs = run.rows(here / "pairs.jsonl", rank_candidates, portion, samples, start, s)
         # log pi_ref of every response that the loss needs, before the first update
         training_set = TrainingSet(pairs, policy if s.reference == "previous" else start.policy, s)
         # Its micro-batches must be those of update 0: with other ones it is made again, unless a
         # checkpoint lies behind that update, for training goes on with what it began with.
         made_with = (None if distributed.newest_checkpoint(here / "state") else
                      [s.tokens_per_forward, PROCESSES])
-        training_set.reference = once(here / "reference.jsonl", reference_logps, pairs,
-                                      training_set, made_with=made_with)
+        training_set.reference = run.rows(here / "reference.jsonl", reference_logps, pairs,
+                                          training_set, made_with=made_with)
         # the SELM loss, one epoch; the new policy is the next reference
-        policy = once(here / "policy", train, policy, training_set, start.chat, run)
+        policy = run.folder(here / "policy", train, policy, training_set, start.chat, run)
         shutil.rmtree(here / "state", ignore_errors=True)  # checkpoints: not before it is recorded
 
         evaluate(run, here, policy, start, s)
         run.log([{"iteration": k, "phase": "rank", **ranking(pairs, s.max_new_tokens)}])
-        say("\n".join(report.summary(run.folder, k)))
+        say("\n".join(report.summary(run.path, k)))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -97,16 +99,18 @@ def sample_responses(records, policy, start, s):
 
     A prompt's samples depend on (seed, iteration, prompt_id) alone, not on its neighbours.
     """
-    chat, n, ys = start.chat, s.responses_per_prompt, iter(())
-    if n and len(records):  # 0: offline DPO on the data's own pairs
-        ys = iter(start.serve(
+    chat, n, ys = start.chat, s.responses_per_prompt, ()
+    if n and len(records):
+        ys = start.serve(
             weights.load_frozen(policy, s.compute, start.attention), requests(records, chat, s),
             stop_ids=chat.stop_ids, slots=s.slots, temperature=s.temperature, top_p=s.top_p,
-            expected=len(records) * n if PROCESS == 0 else None))
-    for record in records:
-        yield {"prompt_id": record["prompt_id"], "samples": [
+            expected=len(records) * n if PROCESS == 0 else None)
+    elif not n:  # offline DPO on the data's own pairs
+        yield from ({"prompt_id": record["prompt_id"], "samples": []} for record in records)
+    for i, responses in sample.by_prompt(ys, n):
+        yield {"prompt_id": records[i]["prompt_id"], "samples": [
             {"ids": y, "text": chat.text(y), "finished": y[-1] in chat.stop_ids}
-            for y in itertools.islice(ys, n)]}
+            for y in responses]}
 
 
 def requests(records, chat, s):
@@ -190,7 +194,7 @@ def train(path, previous, training_set, chat, run):
                              from_reference=training_set.reference_path == previous)
             history.append({"iteration": s.iteration, "phase": "train", "update": u, "lr": lr,
                             **metrics})
-            run.show(history[-1])
+            run.log(history, finished=False)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
             if any(gather(bool(asked))):
                 distributed.save_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
@@ -215,19 +219,19 @@ def evaluate(run, here, policy, start, s):
         owner, judge = (start.run if policy == start.policy else run), start.judging(here, True)
         # One random stream for all policies.
         to_answer = replace(s, iteration="eval", responses_per_prompt=1)
-        ys = [owner.once(here / "answers.jsonl", sample_responses, start.held_out, policy, start,
+        ys = [owner.rows(here / "answers.jsonl", sample_responses, start.held_out, policy, start,
                          to_answer)]
         if start.also_samples(s.temperature):
             hot = replace(to_answer, temperature=1.0)
-            ys.append(owner.once(here / "answers_at_temperature_1.jsonl", sample_responses,
+            ys.append(owner.rows(here / "answers_at_temperature_1.jsonl", sample_responses,
                                  start.held_out, policy, start, hot))
-        answers = owner.once(here / "eval.jsonl", held_out.judge_answers, start.held_out, ys,
+        answers = owner.rows(here / "eval.jsonl", held_out.judge_answers, start.held_out, ys,
                              policy, start, s, judge)
-        duels = owner.once(here / "duels.jsonl", duel.judge_duels, answers,
-                           duel.opponents(start.run.folder, here, s), judge)
+        duels = owner.rows(here / "duels.jsonl", duel.judge_duels, answers,
+                           duel.opponents(start.run.path, here, s), judge)
         metrics = evaluation(answers, duels)
         if start.true_measures:
-            [truth] = owner.once(here / "true.jsonl", held_out.measure_truth, [policy], start, s)
+            [truth] = owner.rows(here / "true.jsonl", held_out.measure_truth, [policy], start, s)
             metrics |= truth
         run.log([{"iteration": s.iteration, "phase": "eval", **metrics}])
     start.forget_scores(here)

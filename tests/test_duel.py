@@ -14,7 +14,8 @@ from harness.judging import duel
 from harness.runs import exits, sample_command
 from harness.judging.evaluation import length_controlled, wilson
 from harness.judging.judges import load_judge
-from harness.runs.run_folder import Rows, read_record, write_jsonl
+from harness.runs.output_files import Rows, write_jsonl
+from harness.runs.run_record import read_record
 from test_judges import save_reward_model
 from test_train_loop import command, rows, write_model  # noqa: F401 (command is a fixture)
 

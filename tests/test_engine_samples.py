@@ -11,7 +11,8 @@ import train_loop
 from conftest import make_tokenizer
 from harness.inputs import engine_samples
 from harness.runs import setup
-from harness.runs.run_folder import Run, write_jsonl
+from harness.runs.output_files import write_jsonl
+from harness.runs.run_folder import Run
 from harness.inputs.chat_template import ChatFormat
 from test_chat_template import LONG_ONES, SHAPES, make as tokenizer
 from test_train_loop import (  # noqa: F401 (command: a fixture)
@@ -30,9 +31,9 @@ def engine(prompt_ids, limit):
 
 
 def serve(_, requests, **__):
-    """The same engine where our sampler stands: yields ids."""
-    for prompt, limit, _ in requests:
-        yield engine(prompt, limit)[1]
+    """The same engine in place of our sampler."""
+    for i, (prompt, limit, _) in enumerate(requests):
+        yield i, engine(prompt, limit)[1]
 
 
 def test_samples_of_another_engine_make_the_run_that_our_sampler_would_have_made(
@@ -40,7 +41,7 @@ def test_samples_of_another_engine_make_the_run_that_our_sampler_would_have_made
     """A sample beside another prompt, a lost or second end token, an end behind what was cut off,
     prompts in other ids than those that are trained. One half of the samples are ids beside a text
     that is not theirs, the other half texts."""
-    monkeypatch.setattr(setup.architectures, "choose_sampler", lambda *_: serve)
+    monkeypatch.setattr(setup.compatibility, "choose_sampler", lambda *_: serve)
     train_loop.main(command)
     there = [part.replace("/run", "/there") for part in command]
     for k in (1, 2):
@@ -143,7 +144,7 @@ def phase(tmp_path):
         if samples is not None:
             write_jsonl(tmp_path / "file", [{"prompt_id": str(i), "samples": [sample]}
                                             for i, sample in enumerate(samples)])
-        rows = run.once(tmp_path / "run/iter_1/samples.jsonl", draw, records, model, start, s)
+        rows = run.rows(tmp_path / "run/iter_1/samples.jsonl", draw, records, model, start, s)
         return [row["samples"][0]["ids"] for row in rows]
     return make, chat.end_id
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from harness.inputs.files import check_file, parse_json
-from harness.runs.run_folder import check_writable, write_text
+from harness.runs.output_files import check_writable, write_text
 
 
 @pytest.fixture

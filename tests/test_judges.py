@@ -25,7 +25,7 @@ import data as our_data
 from harness.judging import evaluation, judges
 from harness.runs import exits, setup
 from harness.judging.judges import load_judge, with_length_penalty
-from harness.runs.run_folder import printable
+from harness.runs.output_files import printable
 
 PROMPTS = ["hello, how are you!", "I love you!", "Write a line\nabout  the sea, please."]
 CANDIDATES = [["get out!", "hi! I am fine, thanks!", "bye!"],

@@ -11,7 +11,7 @@ from matplotlib import pyplot
 
 import train_loop
 from harness.runs import plots, report_page
-from harness.runs.run_folder import write_jsonl
+from harness.runs.output_files import write_jsonl
 from harness.runs.settings import RECIPES
 from test_train_loop import SMALL, write_judge, write_model, write_preferences
 
@@ -81,7 +81,7 @@ def test_scores_are_those_of_held_out_answers_by_arm_and_iteration_and_else_of_s
         0: {"SELM": [0, 1], "DPO": [0, 1]}, 1: {"SELM": [11, 10], "DPO": [20, 21]}}}
     for k in (9, 10):
         write_iteration(home / f"iter_{k}", (0,), float(k), 0.0)
-    assert list(plots.iterations(home, "eval.jsonl")) == [0, 1, 9, 10]
+    assert list(plots.by_iteration(home, "eval.jsonl")) == [0, 1, 9, 10]
     for path in home.rglob("eval.jsonl"):
         path.unlink()
     assert plots.scores_by_iteration(runs) == {"training samples y": {
@@ -158,7 +158,7 @@ def test_a_paper_recipe_with_its_offline_iteration_gets_every_figure_and_the_pag
         assert png(run / f"figures/{name}.png"), name
     players = {player for pair in plots.duel_results(plots.find_runs(run)) for player in pair}
     assert players == {("", 0), ("SELM", 0), ("SELM", 1), ("DPO", 0), ("DPO", 1)}
-    assert list(plots.iterations(run, "eval.jsonl")) == [-1, 0, 1]
+    assert list(plots.by_iteration(run, "eval.jsonl")) == [-1, 0, 1]
     text = (run / "report.html").read_text()
     assert text.count("<img ") == 5 and "SELM, iteration 0: candidates" in text
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from harness.runs import report
-from harness.runs.run_folder import read_jsonl, write_jsonl
+from harness.runs.output_files import read_jsonl, write_jsonl
 
 
 def make_run(folder, iteration=1, tokens=10, accuracy=0.7, logratio=-1.0, text="fresh", logp=-3.0,

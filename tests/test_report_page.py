@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from harness.runs import plots, report_page
-from harness.runs.run_folder import write_jsonl
+from harness.runs.output_files import write_jsonl
 from test_plots import home, write_config, write_iteration, write_pairs  # noqa: F401 (a fixture)
 
 HOSTILE = ("<script>document.title = 'ran'</script><img src=x onerror=\"document.title='ran'\">"

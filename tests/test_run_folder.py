@@ -1,6 +1,5 @@
 """Files of a run: whole, known by checksum, joined by id; whose folder is whose."""
 
-import itertools
 import json
 import os
 import shutil
@@ -12,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from harness.runs import run_folder
-from harness.runs.run_folder import Rows, Run, claim, delete_run, read_jsonl, write_jsonl
+from harness.runs import output_files, run_folder, run_reader, run_record
+from harness.runs.output_files import Rows, keep_rows, read_jsonl, write_jsonl
+from harness.runs.run_folder import Run
+from harness.runs.run_record import claim, delete_run
 
 ITEMS = [{"prompt_id": str(i)} for i in range(5)]
 
@@ -22,7 +23,7 @@ def doubled(items, calls=None):
     for item in items:
         if calls is not None:
             calls.append(item["prompt_id"])
-        yield {"prompt_id": item["prompt_id"], "twice": 2 * int(item["prompt_id"])}
+        yield twice(item["prompt_id"])
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -30,7 +31,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     write_jsonl(path, [{"a": 1}])
     monkeypatch.setattr(
-        run_folder.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
+        output_files.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError):
         write_jsonl(path, [{"a": 2}] * 1000)
     assert [r for _, r in read_jsonl(path)] == [{"a": 1}]
@@ -45,11 +46,11 @@ def test_rows_are_joined_by_prompt_id_and_refuse_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="no row of prompt_id z"):
         rows.of("z")
     write_jsonl(tmp_path / "b.jsonl", [{"prompt_id": "b"}] * 2)
-    with pytest.raises(ValueError, match="prompt_id b stands there twice"):
+    with pytest.raises(ValueError, match="prompt_id b is there twice"):
         Rows(tmp_path / "b.jsonl").of("b")
 
 
-def test_a_phase_that_is_killed_goes_on_behind_its_last_whole_row(tmp_path):
+def test_a_phase_that_is_killed_resumes_after_its_last_whole_row(tmp_path):
     """An hour of sampling repeated; a half-written row that is taken for one, or left there."""
     run, path, calls = Run(tmp_path), tmp_path / "iter_1/x.jsonl", []
 
@@ -59,71 +60,95 @@ def test_a_phase_that_is_killed_goes_on_behind_its_last_whole_row(tmp_path):
                 raise KeyboardInterrupt
             yield row
     with pytest.raises(KeyboardInterrupt):
-        run.once(path, dies, ITEMS)
+        run.rows(path, dies, ITEMS)
     assert not path.exists()
     [part] = path.parent.glob("x.jsonl.part*")
     with open(part, "ab") as file:
-        file.write(b'{"prompt_id": "3", "twi')
+        file.write(b'\n{"prompt_id": "3", "twi')
     calls.clear()
-    rows = Run(tmp_path).once(path, doubled, ITEMS, calls)
+    rows = Run(tmp_path).rows(path, doubled, ITEMS, calls)
     assert calls == ["3", "4"]
     assert [row["twice"] for row in rows] == [0, 2, 4, 6, 8]
     assert sorted(f.name for f in path.parent.iterdir()) == ["x.jsonl"]
     calls.clear()
-    Run(tmp_path).once(path, doubled, ITEMS, calls)
+    Run(tmp_path).rows(path, doubled, ITEMS, calls)
     assert calls == []
 
 
-def sealed(i, **more):
-    """The line of item i in a part."""
-    return json.dumps(run_folder.seal({"prompt_id": str(i), **more}, i)) + "\n"
+def twice(i):
+    """The row that `doubled` makes of item i."""
+    return {"prompt_id": str(i), "twice": 2 * int(i)}
 
 
-@pytest.mark.parametrize("were, are, kept", [
-    (3, 1, 4), (3, 2, 5), (2, 3, 6), (1, 4, 7), (4, 3, 6)])
-def test_rows_of_another_number_of_processes_are_dealt_out_again(were, are, kept, tmp_path,
-                                                                 monkeypatch):
-    """A run that was killed on eight GPUs and goes on on four: an hour of sampling that is lost, or
-    rows that go to other prompts. Process 1 of those that were is behind the others."""
-    path, finished = tmp_path / "x.jsonl", 7
+def leave_parts(path, were, missing=()):
+    """The parts of `were` processes that were killed: process 1 was slower than the others."""
     for p in range(were):
-        mine = range(p, 9, were)
-        mine = [i for i in mine if i < finished and not (p == 1 and i > 3)]
-        path.with_name(f"x.jsonl.part{p}of{were}").write_text(
-            "".join(map(sealed, mine)) + '{"prompt_id": "9')
+        mine = [i for i in range(p, len(ITEMS), were) if i not in missing]
+        part = path.with_name(f"{path.name}.part{p}of{were}")
+        keep_rows(part, map(twice, mine))
+        part.write_bytes(part.read_bytes() + b'\n{"prompt_id": "4')
+
+
+@pytest.mark.parametrize("were", [1, 2, 3, 9])
+@pytest.mark.parametrize("are", [1, 2, 4])
+def test_rows_of_another_number_of_processes_are_kept(were, are, tmp_path, monkeypatch):
+    """A run that was killed on eight GPUs and resumes on four: an hour of sampling that is lost, or
+    rows that go to other prompts."""
+    path, calls = tmp_path / "x.jsonl", []
+    leave_parts(path, were, missing=(1, 4))
     monkeypatch.setattr(run_folder, "PROCESSES", are)
-    run_folder.deal_again(path)
-    found = [path.with_name(f"x.jsonl.part{p}of{are}").read_text() for p in range(are)]
-    assert sorted(tmp_path.iterdir()) == sorted(tmp_path.glob(f"x.jsonl.part*of{are}"))
-    gap = {i for i in range(9) if i >= finished or were > 1 and i % were == 1 and i > 3}
-    for p, text in enumerate(found):
-        expected = itertools.takewhile(lambda i: i not in gap, range(p, 9, are))
-        assert text == "".join(map(sealed, expected))
-    assert sum(text.count("\n") for text in found) == kept
-    monkeypatch.setattr(run_folder, "PROCESSES", 9)
-    before = sorted(tmp_path.iterdir())
-    path.with_name("x.jsonl.part0of9").write_text("")
-    run_folder.deal_again(path)  # what this number has done itself counts
-    assert sorted(tmp_path.iterdir()) == sorted([*before, path.with_name("x.jsonl.part0of9")])
+    monkeypatch.setattr(run_folder, "only_first", lambda action, *args: (
+        run_folder.PROCESS == 0 or action not in (run_folder.join_parts,)) and action(*args))
+    for process in reversed(range(are)):  # process 0, which joins, is the last one here
+        monkeypatch.setattr(run_folder, "PROCESS", process)
+        run_folder.make_rows(path, doubled, ITEMS, calls)
+    assert sorted(calls) == ["1", "4"]
+    assert list(Rows(path)) == [twice(i) for i in range(5)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_process_has_the_same_share_again_after_a_kill(tmp_path, monkeypatch):
+    """Log-probs of other micro-batches than in the run that was left alone: other last bits."""
+    path, calls = tmp_path / "x.jsonl", []
+    monkeypatch.setattr(run_folder, "PROCESSES", 2)
+    keep_rows(tmp_path / "x.jsonl.part0of2", map(twice, (0, 2, 4)))
+    monkeypatch.setattr(run_folder, "join_parts", lambda *_: None)
+    run_folder.make_rows(path, doubled, ITEMS, calls)
+    assert calls == []
+    monkeypatch.setattr(run_folder, "PROCESS", 1)
+    monkeypatch.setattr(run_folder, "only_first", lambda action, *args: action(*args))
+    run_folder.make_rows(path, doubled, ITEMS, calls)
+    assert calls == ["1", "3"]
 
 
 @pytest.mark.parametrize("made_with, left", [(None, ["3", "4"]), ("x", ["0", "1", "2", "3", "4"])])
-def test_one_process_goes_on_with_what_two_have_finished(made_with, left, tmp_path):
+def test_one_process_resumes_with_what_two_have_finished(made_with, left, tmp_path):
     """Parts that nobody looks at; or reference log-probs of other micro-batches than update 0's."""
-    for p, ids in enumerate(("02", "1")):
-        (tmp_path / f"x.jsonl.part{p}of2").write_text("".join(
-            sealed(int(i), twice=2 * int(i)) for i in ids))
+    leave_parts(tmp_path / "x.jsonl", 2, missing=(3, 4))
     calls = []
-    rows = Run(tmp_path).once(tmp_path / "x.jsonl", doubled, ITEMS, calls, made_with=made_with)
+    rows = Run(tmp_path).rows(tmp_path / "x.jsonl", doubled, ITEMS, calls, made_with=made_with)
     assert calls == left and [row["twice"] for row in rows] == [0, 2, 4, 6, 8]
     assert not list(tmp_path.glob("*.part*"))
+
+
+def test_rows_may_come_in_any_order(tmp_path):
+    """Samples come as they end; a file in that order would differ from run to run."""
+    rows = Run(tmp_path).rows(tmp_path / "x.jsonl", lambda items: doubled(list(items)[::-1]), ITEMS)
+    assert list(rows) == [twice(i) for i in range(5)]
+
+
+def test_a_row_that_is_lost_between_two_processes_is_named(tmp_path):
+    """A KeyError of process 0, for which the others wait, where each has a disk of its own."""
+    keep_rows(tmp_path / "x.jsonl.part0of2", map(twice, (0, 2, 4)))
+    with pytest.raises(ValueError, match="row of prompt_id 1 is gone; do all processes see"):
+        run_folder.join_parts(tmp_path / "x.jsonl", list("01234"))
 
 
 @pytest.mark.parametrize("damage", ["last line", "bit", "empty", "gone"])
 def test_a_damaged_file_is_noticed_and_made_again(damage, tmp_path, capsys):
     """A lost last line or a flipped bit that changes every number after it without a word."""
     path = tmp_path / "iter_1/x.jsonl"
-    whole = list(Run(tmp_path).once(path, doubled, ITEMS))
+    whole = list(Run(tmp_path).rows(path, doubled, ITEMS))
     data = bytearray(path.read_bytes())
     if damage == "last line":
         path.write_bytes(b"".join(bytes(data).splitlines(True)[:-1]))
@@ -134,7 +159,7 @@ def test_a_damaged_file_is_noticed_and_made_again(damage, tmp_path, capsys):
         path.write_bytes(b"")
     else:
         path.unlink()
-    assert list(Run(tmp_path).once(path, doubled, ITEMS)) == whole
+    assert list(Run(tmp_path).rows(path, doubled, ITEMS)) == whole
     assert "x.jsonl is" in capsys.readouterr().out
 
 
@@ -144,11 +169,11 @@ def test_one_flipped_bit_in_a_folder_is_noticed(tmp_path, capsys):
         path.mkdir(exist_ok=True)
         (path / "model.safetensors").write_bytes(bytes(range(256)))
         (path / "config.json").write_text("{}")
-    Run(tmp_path).once(tmp_path / "policy", save)
+    Run(tmp_path).folder(tmp_path / "policy", save)
     data = bytearray((tmp_path / "policy/model.safetensors").read_bytes())
     data[200] ^= 4
     (tmp_path / "policy/model.safetensors").write_bytes(data)
-    Run(tmp_path).once(tmp_path / "policy", save)
+    Run(tmp_path).folder(tmp_path / "policy", save)
     assert (tmp_path / "policy/model.safetensors").read_bytes() == bytes(range(256))
     assert "policy is not what this run wrote there" in capsys.readouterr().out
 
@@ -164,8 +189,8 @@ def test_what_was_made_from_another_version_of_a_file_is_made_again(tmp_path):
 
     def both(value):
         run = Run(tmp_path)
-        run.once(tmp_path / "samples.jsonl", phase, ITEMS, "samples", value)
-        run.once(tmp_path / "pairs.jsonl", phase, ITEMS, "pairs", value)
+        run.rows(tmp_path / "samples.jsonl", phase, ITEMS, "samples", value)
+        run.rows(tmp_path / "pairs.jsonl", phase, ITEMS, "pairs", value)
     both(1)
     (tmp_path / "samples.jsonl").unlink()
     both(1)  # the same again: what was made from it is still right
@@ -200,7 +225,7 @@ def test_metrics_stand_in_the_order_of_the_loop_however_often_they_are_logged(tm
 
 
 def test_a_run_is_recognised_by_what_it_was_made_from(tmp_path):
-    """A resumed run that mixes two alphas, or goes on with other data of the same name."""
+    """A resumed run that mixes two alphas, or resumes with other data of the same name."""
     settings, made_from = {"alpha": 0.1, "slots": 4}, {"data": {"rows": 14, "sha256": "a"}}
     claim(tmp_path / "run", settings, made_from)
     claim(tmp_path / "run", settings | {"slots": 8}, made_from)  # changes no number
@@ -244,16 +269,16 @@ def test_nothing_breaks_where_there_is_no_git(tmp_path, monkeypatch):
     lambda items: (item for item in list(items)[1:]),
     lambda items: (item for item in items for _ in range(2))])
 def test_a_phase_that_loses_or_adds_a_row_is_refused_the_second_time_too(wrong, tmp_path):
-    """A fork's sampler that skips a prompt: all later rows of two processes change places."""
+    """A fork's sampler that skips a prompt, or answers one twice."""
     for _ in range(2):
-        with pytest.raises(ValueError, match="one for each, in order"):
-            Run(tmp_path).once(tmp_path / "x.jsonl", wrong, ITEMS)
+        with pytest.raises(ValueError, match="x.jsonl: .* must yield one for each item"):
+            Run(tmp_path).rows(tmp_path / "x.jsonl", wrong, ITEMS)
     assert not (tmp_path / "x.jsonl").exists()
 
 
 def finished_run(folder):
     claim(folder, {"alpha": 0.1}, {})
-    Run(folder).once(folder / "iter_1/x.jsonl", doubled, ITEMS)
+    Run(folder).rows(folder / "iter_1/x.jsonl", doubled, ITEMS)
     return folder
 
 
@@ -295,17 +320,17 @@ def test_fresh_refuses_what_no_run_has_made_and_what_the_run_reads(make, words, 
 
 def test_a_second_command_waits_outside_and_a_dead_one_holds_no_lock(tmp_path):
     """Two runs that write into each other's files; a lock that outlives a power cut."""
-    script = ("import sys, time; from pathlib import Path; from harness.runs import run_folder\n"
-              "with run_folder.locked(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)")
+    script = ("import sys, time; from pathlib import Path; from harness.runs import run_record\n"
+              "with run_record.locked(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT,
                               stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "in\n"
     with pytest.raises(ValueError, match="another command is at work"):
-        with run_folder.locked(tmp_path):
+        with run_record.locked(tmp_path):
             pass
     holder.kill()
     holder.wait()
-    with run_folder.locked(tmp_path):
+    with run_record.locked(tmp_path):
         pass
 
 
@@ -315,34 +340,34 @@ def test_two_files_of_one_size_have_two_fingerprints_and_a_moved_one_keeps_its_o
     for name, data in (("a", blocks), ("b", blocks[:-1] + b"x" if blocks[-1:] != b"x" else b""),
                        ("c", blocks)):
         (tmp_path / name).write_bytes(data)
-    a, b, c = (run_folder.fingerprint(tmp_path / name) for name in "abc")
+    a, b, c = (run_record.fingerprint(tmp_path / name) for name in "abc")
     assert a == c != b
     started = time.time()
     with open(tmp_path / "big", "wb") as file:
         file.truncate(4 * 2**30)  # a hole: no disk is used
-    run_folder.fingerprint(tmp_path / "big")
+    run_record.fingerprint(tmp_path / "big")
     assert time.time() - started < 5, "a fingerprint reads blocks, not gigabytes"
 
 
 def test_control_characters_of_a_model_never_reach_the_terminal():
     """An escape sequence in a response that retitles the window or hides a line."""
-    assert run_folder.printable("a\x1b[31mred\x07\x9b1m\n\tb é 日") == "a[31mred1m\n\tb é 日"
+    assert output_files.printable("a\x1b[31mred\x07\x9b1m\n\tb é 日") == "a[31mred1m\n\tb é 日"
 
 
 def test_what_was_made_after_another_version_of_a_file_is_void_unfinished_or_not(tmp_path):
-    """Training that goes on from a checkpoint of a policy that is no more; rows of a ranking of
+    """Training that resumes from a checkpoint of a policy that is no more; rows of a ranking of
     other samples, kept because the next version of the samples is as long."""
     run, made = Run(tmp_path), iter("ab")
-    here, items = tmp_path / "iter_1", [1, 2]
+    here, items = tmp_path / "iter_1", ITEMS[1:3]
 
     def rows(items):
         text = next(made)
-        return ({"prompt_id": str(i), "text": text} for i in items)
-    run.once(here / "first.jsonl", rows, items)
+        return ({**item, "text": text} for item in items)
+    run.rows(here / "first.jsonl", rows, items)
     (tmp_path / "iter_2/state/000001").mkdir(parents=True)
     (here / "second.jsonl.part0of1").write_text('{"prompt_id": "1"}\n')
     (here / "first.jsonl").unlink()
-    Run(tmp_path).once(here / "first.jsonl", rows, items)
+    Run(tmp_path).rows(here / "first.jsonl", rows, items)
     assert not (tmp_path / "iter_2/state").exists()
     assert sorted(path.name for path in here.iterdir()) == ["first.jsonl"]
 
@@ -359,7 +384,7 @@ def test_another_evaluation_voids_evaluations_and_no_training(tmp_path):
         run, names = Run(tmp_path), ("start/answers", "start/eval", "iter_1/pairs",
                                      "iter_1/answers", "iter_1/duels")
         for name in names:
-            run.once(tmp_path / f"{name}.jsonl", row, [1])
+            run.rows(tmp_path / f"{name}.jsonl", row, ITEMS[1:2])
         return {name: (tmp_path / f"{name}.jsonl").read_text() for name in names}
     before = go_on()
     (tmp_path / "start/answers.jsonl").unlink()
@@ -380,9 +405,9 @@ def test_what_was_made_with_other_settings_is_made_again(tmp_path):
 
     def rows(items):
         made.append(1)
-        return ({"prompt_id": str(i)} for i in items)
+        return iter(items)
     for budget, times in (([64, 1], 1), ([64, 1], 1), ([32, 1], 2), ([32, 1], 2)):
-        Run(tmp_path).once(tmp_path / "iter_1/x.jsonl", rows, [1], made_with=budget)
+        Run(tmp_path).rows(tmp_path / "iter_1/x.jsonl", rows, ITEMS[:1], made_with=budget)
         assert len(made) == times
 
 
@@ -404,6 +429,39 @@ def logged(folder):
     return run
 
 
+def test_updates_are_logged_as_they_come_and_cut_back_when_the_training_resumes(tmp_path):
+    """A loss that nobody sees for days; a killed run whose file has an update twice, or half a
+    line, or the updates after the last checkpoint; one that trains again after all was logged."""
+    folders = tmp_path / "alone", tmp_path / "killed"
+    history, path = LOGGED[1:4], folders[1] / "metrics.jsonl"
+
+    def train(run, first=0, last=3):
+        for u in range(first, last):
+            run.log(history[:u + 1], finished=False)
+        if last == 3:
+            run.log(history)
+    for folder in folders:
+        folder.mkdir()
+        Run(folder).log(LOGGED[:1])
+    train(Run(folders[0]))
+    Run(folders[0]).log(LOGGED[4:])
+
+    def lines():
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    for first, last, damage in ((0, 3, ""), (0, 2, '{"iteration": 1, "ph'), (1, 2, ""), (0, 1, "")):
+        train(Run(folders[1]), first, last)  # the policy of the first try was not saved
+        assert lines() == LOGGED[:1 + last] and run_reader.rows_of(folders[1], "train") == (
+            history[:last])
+        with open(path, "a") as file:
+            file.write(damage)
+        Run(folders[1]).log(LOGGED[:1])  # each command logs once more what is finished
+        assert lines() == LOGGED[:1 + last]
+    train(Run(folders[1]), 1)
+    Run(folders[1]).log(LOGGED[4:])
+    for name in ("metrics.jsonl", "finished.json"):
+        assert (folders[1] / name).read_text() == (folders[0] / name).read_text()
+
+
 @pytest.mark.parametrize("line", range(len(LOGGED)))
 @pytest.mark.parametrize("how", ["digit", "twice", "gone", "array", "half", "bytes"])
 def test_a_damaged_line_of_the_metrics_reaches_no_figure(line, how, tmp_path, capsys):
@@ -419,38 +477,47 @@ def test_a_damaged_line_of_the_metrics_reaches_no_figure(line, how, tmp_path, ca
     phase = LOGGED[line]["phase"]
     words = "lost the updates of iteration 1; put it back, or remove .*iter_1/policy"
     with pytest.raises(ValueError, match=words if phase == "train" else "again, makes it again"):
-        run_folder.read_metrics(tmp_path, phase)
+        run_reader.rows_of(tmp_path, phase)
     if phase == "train":  # what is not made again stays to be looked at, and is refused
         Run(tmp_path).log([LOGGED[0]])
         with pytest.raises(ValueError, match=words):
-            run_folder.read_metrics(tmp_path, "train")
+            run_reader.rows_of(tmp_path, "train")
         assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
         (tmp_path / "iter_1/policy").rmdir()
     capsys.readouterr()
     logged(tmp_path)
-    assert [row for phase in ("train", "eval") for row in run_folder.read_metrics(tmp_path, phase)
+    assert [row for phase in ("train", "eval") for row in run_reader.rows_of(tmp_path, phase)
             ] == LOGGED[1:4] + [LOGGED[0], LOGGED[4]]
 
 
-@pytest.mark.parametrize("damage", [
-    lambda lines: [lines[0], lines[1].replace(b"[7]", b"[6]"), *lines[2:]],
-    lambda lines: [lines[0], lines[0], *lines[1:]], lambda lines: [lines[0], *lines[2:]],
-    lambda lines: [b"[]\n", *lines[1:]], lambda lines: [b"\xe9\n", *lines[1:]]],
-    ids=["changed", "twice", "gone", "array", "latin-1"])
-def test_a_damaged_row_of_an_unfinished_file_is_made_again(damage, tmp_path):
-    """A token of a sample that has changed, and another policy, exit 0."""
+@pytest.mark.parametrize("damage, again", [
+    (lambda lines: [lines[0], lines[1].replace(b"[7]", b"[6]"), *lines[2:]], ["1", "4"]),
+    (lambda lines: [lines[0], lines[0], *lines[1:]], ["4"]),
+    (lambda lines: [lines[0], *lines[2:]], ["1", "4"]),
+    (lambda lines: [b"[]\n", *lines[1:]], ["0", "4"]),
+    (lambda lines: [b"\xe9\n", *lines[1:]], ["0", "4"]),
+    (lambda lines: [lines[0].replace(b'"0"', b'"4"'), *lines[1:]], ["0", "4"])],
+    ids=["changed", "twice", "gone", "array", "latin-1", "neighbour's"])
+def test_a_damaged_row_of_an_unfinished_file_is_made_again_and_no_other(damage, again, tmp_path):
+    """A token of a sample that has changed, and another policy, exit 0; or a sample that is used
+    for another prompt; or all rows after the damaged one, made again."""
+    calls = []
+
     def ids(items, die=False):
-        for i, item in enumerate(items):
-            if die and i == 4:
+        for item in items:
+            if die and item["prompt_id"] == "4":
                 raise KeyboardInterrupt
+            calls.append(item["prompt_id"])
             yield {**item, "ids": [7 * int(item["prompt_id"])]}
     path = tmp_path / "iter_1/samples.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        Run(tmp_path).once(path, ids, ITEMS, True)
+        Run(tmp_path).rows(path, ids, ITEMS, True)
     [part] = path.parent.glob("*.part0of1")
-    part.write_bytes(b"".join(damage(part.read_bytes().splitlines(True))))
-    rows = Run(tmp_path).once(path, ids, ITEMS)
+    part.write_bytes(b"".join(damage(part.read_bytes().lstrip().splitlines(True))))
+    calls.clear()
+    rows = Run(tmp_path).rows(path, ids, ITEMS)
     assert list(rows) == [{"prompt_id": str(i), "ids": [7 * i]} for i in range(5)]
+    assert calls == again
 
 
 @pytest.mark.parametrize("name", ["finished.json", "config.json"])
@@ -469,10 +536,10 @@ def test_a_bad_byte_in_a_record_costs_nothing(name, how, tmp_path, capsys):
                       "half": content[:20], "gone": b"", "latin-1": b"\xe9"}[how])
     if how == "gone":
         path.unlink()
-    assert run_folder.settings_of(run) == {"alpha": 0.1}
+    assert run_reader.settings_of(run) == {"alpha": 0.1}
     claim(run, {"alpha": 0.1}, {})
     assert path.read_text() == expected and name in capsys.readouterr().out
-    Run(run).once(run / "iter_1/x.jsonl", lambda items: pytest.fail("made again"), ITEMS)
+    Run(run).rows(run / "iter_1/x.jsonl", lambda items: pytest.fail("made again"), ITEMS)
 
 
 def test_records_damaged_on_both_sides_are_one_line_that_deletes_nothing(tmp_path):
@@ -490,12 +557,13 @@ def test_records_damaged_on_both_sides_are_one_line_that_deletes_nothing(tmp_pat
 
 @pytest.mark.parametrize("text", ["[1]\n", '{"prompt_id": "0"}\n', "\\xe9", ""])
 def test_a_reader_from_outside_draws_no_damaged_file(text, tmp_path):
-    """python -m harness.runs.report_page on a run with a changed answer: another figure, or a traceback."""
+    """python -m harness.runs.report_page on a run with a changed answer: another figure, or a
+    traceback."""
     path = finished_run(tmp_path) / "iter_1/x.jsonl"
-    assert [row["twice"] for row in run_folder.finished_rows(path)] == [0, 2, 4, 6, 8]
+    assert [row["twice"] for row in run_reader.finished_rows(path)] == [0, 2, 4, 6, 8]
     path.write_text(text)
     with pytest.raises(ValueError, match="x.jsonl is not what the run wrote there; the command"):
-        run_folder.finished_rows(path)
+        run_reader.finished_rows(path)
 
 
 @pytest.mark.parametrize("line", ["5", "[]", '{"iteration": 1}', '{"iteration": null, "phase": 1}',
@@ -504,7 +572,7 @@ def test_metrics_of_another_shape_are_one_line_without_a_record_too(line, tmp_pa
     """A traceback for what an editor has left in a run of an earlier version."""
     (tmp_path / "metrics.jsonl").write_text(json.dumps(LOGGED[0]) + "\n" + line + "\n")
     with pytest.raises(ValueError, match="metrics.jsonl is damaged: .* is no row"):
-        run_folder.read_metrics(tmp_path, "eval")
+        run_reader.rows_of(tmp_path, "eval")
 
 
 def save_policy(path, made=None):
@@ -519,14 +587,14 @@ def save_policy(path, made=None):
 def test_a_file_too_much_in_a_policy_voids_nothing_and_is_never_deleted(tmp_path, capsys):
     """A README.md or .DS_Store that costs a training, and is gone after it."""
     path, made = tmp_path / "iter_1/policy", []
-    Run(tmp_path).once(path, save_policy, made)
+    Run(tmp_path).folder(path, save_policy, made)
     (path / "README.md").write_text("mine")
     (path / "plots").mkdir()
     (path / "plots/a.png").write_text("mine")
-    Run(tmp_path).once(path, save_policy, made)
+    Run(tmp_path).folder(path, save_policy, made)
     assert made == [1] and (path / "README.md").exists()
     (path / "model.safetensors").write_bytes(b"Weights")
-    Run(tmp_path).once(path, save_policy, made)
+    Run(tmp_path).folder(path, save_policy, made)
     assert made == [1, 1] and [file.name for file in path.iterdir()] == ["model.safetensors"]
     assert (tmp_path / "iter_1/policy.others/README.md").read_text() == "mine"
     assert (tmp_path / "iter_1/policy.others/plots/a.png").read_text() == "mine"
@@ -546,7 +614,7 @@ def test_fresh_leaves_what_only_looks_like_a_runs_and_names_it(tmp_path, capsys)
             "seed_3/baseline/iter_1/answers.jsonl"]
     run = finished_run(tmp_path)
     finished_run(run / "baseline")
-    Run(run).once(run / "iter_1/policy", save_policy)
+    Run(run).folder(run / "iter_1/policy", save_policy)
     for name in mine + ours:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("x")
@@ -576,7 +644,7 @@ def test_a_judge_that_failed_and_was_mended_goes_on_and_keeps_the_samples(tmp_pa
         for k, score in enumerate(scores, 1):
             for name, value in (("samples", f"by the policy of {scores[:k - 1]}"),
                                 ("pairs", score), ("answers", f"by {scores[:k]}"), ("eval", score)):
-                run.once(tmp_path / f"iter_{k}/{name}.jsonl", phase, ITEMS, f"{name} {k}", value)
+                run.rows(tmp_path / f"iter_{k}/{name}.jsonl", phase, ITEMS, f"{name} {k}", value)
         return made
     with pytest.raises(ValueError, match="the judge fails"):
         go_on("bug", 1, None)
@@ -605,7 +673,7 @@ def test_a_run_dir_that_cannot_be_one_is_named(make, words, tmp_path):
     """[Errno 17]."""
     make(tmp_path)
     with pytest.raises(ValueError, match=f"--run-dir .*run: .*{words}"):
-        with run_folder.locked(tmp_path / "run"):
+        with run_record.locked(tmp_path / "run"):
             pass
 
 
@@ -613,6 +681,6 @@ def test_a_run_dir_that_is_no_text_is_refused_before_the_first_sample(tmp_path):
     """"Free some space", after all the work: no model can be saved below such a name."""
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff"))
     with pytest.raises(ValueError, match="--run-dir .*not UTF-8"):
-        with run_folder.locked(path):
+        with run_record.locked(path):
             pass
     assert not path.exists()

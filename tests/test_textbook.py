@@ -18,7 +18,7 @@ import train_loop
 from conftest import ROOT
 from harness.inputs import chat_template, toy
 from harness.judging import judges
-from harness.runs import run_folder, settings, setup
+from harness.runs import output_files, run_folder, settings, setup
 
 BETA, LR, BATCH = 0.5, [4e-3, 2e-3], 5
 MAX_NORM = 2.2  # clips some of the updates, and not all
@@ -63,11 +63,11 @@ def run_loop(folder, model, tokenizer, portions, flags, judge=judge):
     portions = [[{"prompt_id": f"{k} {i}", **record} for i, record in enumerate(portion)]
                 for k, portion in enumerate(portions)]
     run = run_folder.Run(folder / "run")
-    run.folder.mkdir()
+    run.path.mkdir()
     train_loop.self_explore(run, setup.Start(
         run, s.model, chat_template.ChatFormat(tokenizer), setup.sample.serve, "selm_tree",
         judges.load_judge("oracle", oracle=judge), portions, []), s)
-    return run.folder, portions
+    return run.path, portions
 
 
 def by_the_loop(world, alpha, pair_loss, folder):
@@ -85,12 +85,12 @@ def by_the_loop(world, alpha, pair_loss, folder):
 def read_round(folder, k):
     """(examples, losses) of an iteration's files, as textbook.py gives them."""
     examples = []
-    for row in run_folder.Rows(folder / f"iter_{k}/pairs.jsonl"):
+    for row in output_files.Rows(folder / f"iter_{k}/pairs.jsonl"):
         ids = [candidate["ids"] for candidate in row["candidates"]]
-        [y] = run_folder.Rows(folder / f"iter_{k}/samples.jsonl").of(row["prompt_id"])["samples"]
+        [y] = output_files.Rows(folder / f"iter_{k}/samples.jsonl").of(row["prompt_id"])["samples"]
         assert row["sampled"] == [ids.index(y["ids"])]
         examples.append((row["prompt_ids"], ids[row["chosen"]], ids[row["rejected"]], y["ids"]))
-    losses = [row["loss"] for _, row in run_folder.read_jsonl(folder / "metrics.jsonl")
+    losses = [row["loss"] for _, row in output_files.read_jsonl(folder / "metrics.jsonl")
               if row["phase"] == "train" and row["iteration"] == k]
     return examples, losses
 

@@ -15,7 +15,7 @@ import rank
 import textbook
 import train_loop
 from harness.inputs import chat_template, toy
-from harness.runs import run_folder, settings, setup
+from harness.runs import output_files, settings, setup
 from test_textbook import run_loop
 
 ALPHA, BETA, LR, BATCH = 0.2, 0.5, [4e-3, 2e-3], 5
@@ -59,7 +59,7 @@ def test_the_loop_is_xpo_as_a_plain_loop_computes_it(run):
     initial, tokenizer, portions, folder = run
     policy, ties, lost = copy.deepcopy(initial), 0, 0
     for k, portion in enumerate(portions, 1):
-        examples, samples = [], [run_folder.Rows(folder / f"iter_{k}/{name}.jsonl")
+        examples, samples = [], [output_files.Rows(folder / f"iter_{k}/{name}.jsonl")
                                  for name in ("samples", "reference_samples")]
         for record in portion:
             prompt, *_ = textbook.tokenise(tokenizer, record)
@@ -81,7 +81,7 @@ def test_the_loop_is_xpo_as_a_plain_loop_computes_it(run):
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        own = [row["loss"] for _, row in run_folder.read_jsonl(folder / "metrics.jsonl")
+        own = [row["loss"] for _, row in output_files.read_jsonl(folder / "metrics.jsonl")
                if row["phase"] == "train" and row["iteration"] == k]
         assert own == pytest.approx([loss.item() for loss in losses], abs=1e-4)
     assert ties and lost, "without ties and losses half of the roles are not looked at"
@@ -99,7 +99,7 @@ def test_the_second_sample_is_the_first_models_in_every_iteration(run):
     policy = train_loop.weights.load_model(folder / "iter_1/policy")
     prompts = [chat.prompt_ids(record["prompt"]) for record in portions[1]]
     ids = [record["prompt_id"] for record in portions[1]]
-    sampled = lambda k, name: [row["samples"][0]["ids"] for row in run_folder.Rows(
+    sampled = lambda k, name: [row["samples"][0]["ids"] for row in output_files.Rows(
         folder / f"iter_{k}/{name}.jsonl")]
     for name, model, iteration in (("samples", policy, 2),
                                    ("reference_samples", initial, "2, reference")):

@@ -357,7 +357,7 @@ def worker_loop_ours(settings):
     import train_loop
     from harness.inputs import chat_template
     from harness.models import weights
-    from harness.runs import run_folder, settings as flags, setup
+    from harness.runs import output_files, run_folder, settings as flags, setup
     folder = Path(settings["folder"])
     s = flags.read(["--model", str(folder), "--data", "x/y", "--run-dir", str(folder / "run"),
                     *f"--iterations 1 --alpha {ALPHA} --beta {BETA} --lr {LR} --eval-prompts 0 "
@@ -373,9 +373,9 @@ def worker_loop_ours(settings):
         run, str(folder), chat, setup.sample.serve, "selm_tree", LoopJudge(), [records],
         []), s)
     seconds = time.perf_counter() - start
-    losses = [row["loss"] for _, row in run_folder.read_jsonl(s.run_dir / "metrics.jsonl")
+    losses = [row["loss"] for _, row in output_files.read_jsonl(s.run_dir / "metrics.jsonl")
               if row["phase"] == "train"]
-    samples = run_folder.Rows(s.run_dir / "iter_1/samples.jsonl")
+    samples = output_files.Rows(s.run_dir / "iter_1/samples.jsonl")
     return {"seconds": seconds, "losses": losses,
             "responses": [row["samples"][0]["ids"] for row in samples]}
 
@@ -768,7 +768,7 @@ def worker_data(settings):
         for i in range(settings["rows"])]
     peaks["rows"] = resident_kib() / 2**20
     start, s = stub_start(folder, records)
-    run, here = start.run, start.run.folder / "iter_1"
+    run, here = start.run, start.run.path / "iter_1"
 
     def timed(name, phase):
         begin = time.perf_counter()
@@ -776,15 +776,15 @@ def worker_data(settings):
         seconds[name] = round(time.perf_counter() - begin, 2)
         peaks[name] = resident_kib() / 2**20
         return result
-    samples = timed("sample", lambda: run.once(
+    samples = timed("sample", lambda: run.rows(
         here / "samples.jsonl", train_loop.sample_responses, records, str(folder), start, s))
-    pairs = timed("rank", lambda: run.once(
+    pairs = timed("rank", lambda: run.rows(
         here / "pairs.jsonl", train_loop.rank_candidates, records, [samples], start, s))
     timed("count", lambda: evaluation.ranking(pairs, s.max_new_tokens))
     training_set = train_loop.TrainingSet(pairs, str(folder), s)
     timed("plan", lambda: training_set.epochs)
     mib = sum(f.stat().st_size for f in here.iterdir()) / 2**20
-    shutil.rmtree(run.folder)
+    shutil.rmtree(run.path)
     return {"rows": len(records), "seconds": seconds, "files_mib": round(mib),
             "peaks_gib": {name: round(value, 3) for name, value in peaks.items()}}
 
@@ -803,16 +803,16 @@ def stub_start(folder, records):
     chat = chat_template.ChatFormat(chat_template.load_tokenizer(folder),
                                     weights.model_stop_ids(folder))
     run = run_folder.Run(folder / f"data_{len(records)}")
-    s = flags.read(["--model", str(folder), "--data", "x/y", "--run-dir", str(run.folder),
+    s = flags.read(["--model", str(folder), "--data", "x/y", "--run-dir", str(run.path),
                     "--iterations", "1", "--max-length", "1024", "--max-prompt-length", "512",
                     "--max-new-tokens", "512"]).at(1)
     weights.load_frozen = lambda *_: None
 
     def serve(_, requests, **__):
-        for _, limit, seed in requests:
+        for i, (_, limit, seed) in enumerate(requests):
             chance = random.Random(seed)
             length = min(limit, 1 + int(chance.gammavariate(2, 130)))
-            yield [*chance.choices(range(300, 40000), k=length), chat.end_id][:limit]
+            yield i, [*chance.choices(range(300, 40000), k=length), chat.end_id][:limit]
     judge = judges.load_judge(f"{folder / 'judge.py'}:judge", device="cpu", seed=0)
     return setup.Start(run, str(folder), chat, serve, "selm_tree", judge, [records], []), s
 

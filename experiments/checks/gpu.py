@@ -283,11 +283,11 @@ def answer(s, count):
     limit = s.max_length - s.max_prompt_length
     wait(s.device)
     begin = time.perf_counter()
-    ids = list(sample.serve(lm, [([3 + i] * s.max_prompt_length, limit, i) for i in range(count)],
-                            stop_ids=(), slots=s.slots))
+    ys = list(sample.serve(lm, [([3 + i] * s.max_prompt_length, limit, i) for i in range(count)],
+                           stop_ids=(), slots=s.slots))
     wait(s.device)
     weights.load_frozen.cache_clear()
-    return sum(map(len, ids)), time.perf_counter() - begin
+    return sum(len(y) for _, y in ys), time.perf_counter() - begin
 
 
 def wait(device):

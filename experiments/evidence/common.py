@@ -36,7 +36,7 @@ from harness.inputs import chat_template, preferences, toy  # noqa: E402
 from harness.judging import judges  # noqa: E402
 from harness.judging.evaluation import mean_interval  # noqa: E402
 from harness.models import weights  # noqa: E402
-from harness.runs import run_folder, settings, setup  # noqa: E402
+from harness.runs import output_files, run_folder, settings, setup  # noqa: E402
 
 SEEDS = range(10)  # named before the first run, used throughout, all reported
 SAMPLES = 32  # replies to each of the 48 test prompts in every measure
@@ -100,7 +100,7 @@ class World:
         """The same -> the measures after each iteration."""
         with tempfile.TemporaryDirectory(dir=self.home) as folder:
             policies = self.policies(Path(folder), **changes)
-            shares = {row["iteration"]: row["optimism_share"] for _, row in run_folder.read_jsonl(
+            shares = {row["iteration"]: row["optimism_share"] for _, row in output_files.read_jsonl(
                 Path(folder) / "metrics.jsonl") if "optimism_share" in row}
             return [self.measure(policy) | {"share": shares.get(k, 0.0)}
                     for k, policy in enumerate(policies, 1)]

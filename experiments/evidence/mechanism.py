@@ -81,7 +81,7 @@ from harness.inputs import chat_template, preferences  # noqa: E402
 from harness.judging import judges  # noqa: E402
 from harness.judging.evaluation import mean_interval  # noqa: E402
 from harness.models import weights  # noqa: E402
-from harness.runs import run_folder  # noqa: E402
+from harness.runs import output_files  # noqa: E402
 from harness.runs.settings import stream  # noqa: E402
 
 ALPHA = 0.3
@@ -160,9 +160,9 @@ def gradient_sizes(alphas, samples, home, seed):
         folder, shares = world.home / f"size_{seed}_{name}", {}
         for alpha in alphas:
             world.policies(folder / f"{alpha}", alpha=alpha, temperature=temperature)
-            [shares[alpha]] = [row["optimism_share"] for _, row in run_folder.read_jsonl(
+            [shares[alpha]] = [row["optimism_share"] for _, row in output_files.read_jsonl(
                 folder / f"{alpha}/metrics.jsonl") if "optimism_share" in row]
-        rows = list(run_folder.Rows(folder / f"{alpha}/iter_1/pairs.jsonl"))
+        rows = list(output_files.Rows(folder / f"{alpha}/iter_1/pairs.jsonl"))
         result[name] = {"shares": shares, **gradient_norms(world.base, rows),
                         "norms": norms_of_means(world, temperature, samples)}
     return result
@@ -218,7 +218,7 @@ def norms_of_means(world, temperature, samples, batch=32):
 def share_table(model, pairs, rows=32):
     """What --share prints: alpha -> share, and the alphas of three shares. The pairs are of
     iteration 1, whose first update has this model for its policy and its reference."""
-    pairs = list(run_folder.Rows(pairs))
+    pairs = list(output_files.Rows(pairs))
     pairs = random.Random(0).sample(pairs, min(int(rows), len(pairs)))
     norms = gradient_norms(weights.load_model(model, attention="eager"), pairs)
     lines = [[f"{alpha:g}", *(f"{share:.2%}" for share in closed_form(norms, alpha))]

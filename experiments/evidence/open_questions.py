@@ -69,7 +69,7 @@ from experiments.evidence.common import (  # noqa: E402
     World, cell, command, differences, draw_panels, errorbars, markdown, mean_interval, minus)
 from harness.inputs import toy  # noqa: E402
 from harness.models import weights  # noqa: E402
-from harness.runs import run_folder  # noqa: E402
+from harness.runs import output_files  # noqa: E402
 from harness.runs.settings import stream  # noqa: E402
 
 HEADS, CHOICES, STEPS = 8, 8, 300
@@ -169,7 +169,7 @@ def ensemble(world, folder, thompson):
             choose, heads, thompson))
         [policy] = map(str, world.policies(folder / str(k), start, alpha=0.0, temperature=1.0))
         policies.append(policy)
-        for row in run_folder.Rows(folder / f"{k}/iter_1/pairs.jsonl"):
+        for row in output_files.Rows(folder / f"{k}/iter_1/pairs.jsonl"):
             if not row["dropped"] and row["chosen"] != row["rejected"]:
                 best, worst = (row["candidates"][row[role]]["ids"] for role in ("chosen",
                                                                                 "rejected"))
@@ -182,13 +182,13 @@ def choose(heads, thompson, model, requests, **options):
     prompts, limits, seeds = zip(*requests)
     prompts, limits = ([x for x in xs for _ in range(CHOICES)] for xs in (prompts, limits))
     streams = [stream(seed, j) for seed in seeds for j in range(CHOICES)]
-    many = list(sample.serve(model, zip(prompts, limits, streams), **options))
+    many = [y for _, y in sorted(sample.serve(model, zip(prompts, limits, streams), **options))]
     scores = heads.scores(prompts, many)
     picked = []
     for i, seed in enumerate(seeds):
         theirs = scores[:, i * CHOICES:(i + 1) * CHOICES]  # (heads, choices)
         liked = theirs[random.Random(seed).randrange(HEADS)] if thompson else theirs.mean(0)
-        picked.append(many[i * CHOICES + liked.argmax().item()])
+        picked.append((i, many[i * CHOICES + liked.argmax().item()]))
     return picked
 
 

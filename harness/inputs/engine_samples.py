@@ -26,7 +26,8 @@ from pathlib import Path
 import data
 from harness.models import weights
 from harness.inputs.files import check_file, parse_json
-from harness.runs.run_folder import Rows, write_jsonl, write_text
+from harness.runs.output_files import write_jsonl, write_text
+from harness.runs.run_folder import find_rows
 from harness.models.distributed import checksum, only_first, say
 from harness.inputs.chat_template import HALF
 
@@ -37,7 +38,7 @@ def samples(records, policy, start, s):
     """The rows of samples.jsonl, as train_loop.sample_responses yields them. ValueError names what
     is missing or wrong, and what to do about it, before the first of them."""
     source, chat = file_of(s, s.iteration), start.chat
-    here = start.run.folder / f"iter_{s.iteration}"
+    here = start.run.path / f"iter_{s.iteration}"
     only_first(ask_for, source, policy, start, s)
     found = read(source, s.responses_per_prompt)
     only_first(check, found, source, policy, start, s)
@@ -53,7 +54,7 @@ def samples(records, policy, start, s):
             yield {"prompt_id": row["prompt_id"], "samples": [
                 {"ids": ids, "text": chat.text(ids), "finished": ids[-1] in chat.stop_ids}
                 for ids in responses]}
-    if sum(map(len, map(Rows, parts(here)))) == len(start.portions[s.iteration - s.first]):
+    if len(find_rows(here / "samples.jsonl")) == len(start.portions[s.iteration - s.first]):
         (here / READ).unlink(missing_ok=True)  # by the last process to get here
 
 
@@ -80,7 +81,7 @@ def wanted(records, chat, s):
 
 def ask_for(source, policy, start, s):
     """Writes prompts.jsonl; ValueError where nobody has answered it."""
-    prompts = start.run.folder / f"iter_{s.iteration}" / "prompts.jsonl"
+    prompts = start.run.path / f"iter_{s.iteration}" / "prompts.jsonl"
     if not source.exists():
         write_jsonl(prompts, wanted(start.portions[s.iteration - s.first], start.chat, s))
         stops = " ".join(map(str, sorted(start.chat.stop_ids)))

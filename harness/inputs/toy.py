@@ -43,7 +43,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harness.runs.run_folder import write_jsonl, write_text
+from harness.runs.output_files import write_jsonl, write_text
 
 # ----------------------------------------------------------------------------------------------
 # 1. Words, how common they are, and how good

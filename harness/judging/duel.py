@@ -23,7 +23,7 @@ import torch
 from harness.runs.sample_command import read_instructions, user_turn
 from harness.judging.evaluation import half_for_ties, length_controlled, wilson
 from harness.judging.judges import SPECS, check_scores, load_judge, parse_spec
-from harness.runs.run_folder import Rows
+from harness.runs.output_files import Rows
 from harness.runs.settings import as_judge, as_path
 from harness.inputs.chat_template import strip_thought
 

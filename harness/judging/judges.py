@@ -34,7 +34,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import reprlib
@@ -47,7 +46,8 @@ import torch
 from tqdm import tqdm
 
 from harness.inputs.files import check_file, check_no_pointer, is_special, parse_json
-from harness.runs.run_folder import check_writable, printable, write_jsonl
+from harness.runs.output_files import (
+    check_writable, keep_rows, kept_rows, printable, write_jsonl)
 from harness.runs.settings import as_judge, as_path
 from harness.models.distributed import say
 from harness.judging.user_function import END, PROMPTS_A_CALL, UserFunction, explain
@@ -346,22 +346,16 @@ def digest(*parts):
 
 
 class Kept:
-    """A JSONL file of finished scores, of one process alone, read once. path: None keeps nothing
-    beyond this object. others: files that are read as well, what other processes have left.
+    """A file of finished scores, to which one process appends, and which is read once. path: None
+    keeps nothing beyond this object. others: files of other processes, which are read, too.
     scores: question -> scores of its sorted distinct texts, or None: not to be trusted."""
 
     def __init__(self, path, others=()):
         self.path, self.scores = path and Path(path), {}
         for file in {self.path, *others} - {None}:
-            if not file.exists():
-                continue
-            for line in file.read_text("utf-8", errors="replace").split("\n"):
-                try:
-                    row = json.loads(line)
-                    if row.pop("check") == digest(row):
-                        self.scores[row["question"]] = row["scores"]
-                except (ValueError, KeyError, AttributeError, TypeError):
-                    pass  # a line that is not whole to the last bit is asked for again
+            for _, row in kept_rows(file) if file.exists() else ():
+                if "question" in row:  # else it is another file
+                    self.scores[row["question"]] = row["scores"]
 
     def forget(self, part):
         """part: some (question, key), whose scores are asked for again."""
@@ -371,14 +365,9 @@ class Kept:
     def add(self, rows):
         """Rows of prompt_id, question and scores; on disk on return."""
         self.scores |= {row["question"]: row["scores"] for row in rows}
-        if self.path is None or not rows:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            for row in rows:  # \n first: it ends a line that was cut off by a kill
-                file.write("\n" + json.dumps({**row, "check": digest(row)}))
-            file.flush()
-            os.fsync(file.fileno())
+        if self.path is not None and rows:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            keep_rows(self.path, rows)
 
 
 # ----------------------------------------------------------------------------------------------

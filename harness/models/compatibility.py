@@ -193,7 +193,7 @@ def serve_one_by_one(model, requests, *, stop_ids, slots=1, temperature=0.0, top
 
             output = own_generate(model, slot.prompt, slot.limit, stop_ids,
                                   logits_processor=[only_ours])
-            yield output.sequences[0, len(slot.prompt):].tolist()
+            yield i, output.sequences[0, len(slot.prompt):].tolist()
     finally:
         model.train(was_training)
 

@@ -110,9 +110,10 @@ def gather(value):
     return values
 
 
-def told(answer):
-    """Process 0's answer, on every process: `told(path.exists())`. Were each to look by itself, a
-    slow one might see what process 0 has just written, skip the phase, and hang the others."""
+def broadcast(answer):
+    """Process 0's answer, on every process: `broadcast(path.exists())`. If each process looked for
+    itself, a slow one might see what process 0 has just written, skip the phase, and leave the
+    others waiting."""
     answer = [answer]
     if PROCESSES > 1:
         dist.broadcast_object_list(answer)
@@ -134,10 +135,10 @@ def only_first(action, *args):
             result = action(*args)
         except (ValueError, OSError) as error:
             failure = error
-    failure = told(failure)
+    failure = broadcast(failure)
     if failure:
         raise failure
-    return told(result)
+    return broadcast(result)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -294,7 +295,7 @@ def load_checkpoint(folder, policy, optimizer):
 
 def newest_checkpoint(folder):
     """The last whole one, or None; the same answer on all processes."""
-    return told(max(Path(folder).glob("*[0-9]"), default=None))
+    return broadcast(max(Path(folder).glob("*[0-9]"), default=None))
 
 
 def _state(policy, optimizer):
@@ -317,26 +318,25 @@ def checksum(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(row, *place):
-    """A JSON object with its own digest as its last entry, "check". place: what else must be the
-    same when it is read, such as its number in the file."""
-    return {**row, "check": _digest(row, *place)}
+def seal(row):
+    """A JSON object with its own digest as its last entry, "check"."""
+    return {**row, "check": _digest(row)}
 
 
-def unseal(line, *place):
+def unseal(line):
     """The object of a line (str or bytes) that `seal` made, without its digest. ValueError where
-    one bit has changed, or where it is in another place."""
+    one bit has changed."""
     try:
         row = json.loads(line)
-        if row.pop("check") == _digest(row, *place):
+        if row.pop("check") == _digest(row):
             return row
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         pass
     raise ValueError("it is damaged")
 
 
-def _digest(*parts):
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+def _digest(row):
+    return hashlib.sha256(json.dumps([row], sort_keys=True).encode()).hexdigest()[:24]
 
 
 def flush(path):

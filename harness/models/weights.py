@@ -47,7 +47,7 @@ def load_policy(path, compute):
     except ValueError as error:
         failure = error
     distributed.raise_everywhere(failure)  # nobody waits for a slice that never comes
-    tied = distributed.told(model and is_tied(model))
+    tied = distributed.broadcast(model and is_tied(model))
     model = model or empty_model(path, compute.attention, tied=tied)
     if compute.lora_rank:
         model = distributed.add_lora(model, compute.lora_rank)

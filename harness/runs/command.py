@@ -10,9 +10,10 @@ import torch
 import transformers
 
 from harness.models import distributed, memory, weights
-from harness.runs import plots, report, report_page, run_folder, setup, trackers
+from harness.runs import plots, report, report_page, run_record, setup, trackers
 from harness.runs import settings as flags
 from harness.models.distributed import PROCESS, say
+from harness.runs.run_folder import Run
 
 
 def main(argv, self_explore):
@@ -31,18 +32,18 @@ def main(argv, self_explore):
     distributed.start(settings.device)
     inputs = setup.read_inputs(settings)  # all that can be refused is refused here
     folder, arms = settings.run_dir, []
-    with run_folder.locked(folder):
+    with run_record.locked(folder):
         if settings.fresh:
-            distributed.only_first(run_folder.delete_run, folder, inputs.files)
+            distributed.only_first(run_record.delete_run, folder, inputs.files)
         for seed in range(settings.seed, settings.seed + settings.seeds):
             home, start = folder if seed == settings.seed else folder / f"seed_{seed}", None
             for name, alpha, here in arms_of(settings, home):
                 s = replace(settings, alpha=alpha, seed=seed)
                 say(f"\n=== {name}, alpha {alpha:g}, seed {seed} -> {here}")
-                distributed.only_first(run_folder.claim, here, s.as_dict(), inputs.made_from)
-                start = start or setup.make_start(inputs, s, run_folder.Run(home))
+                distributed.only_first(run_record.claim, here, s.as_dict(), inputs.made_from)
+                start = start or setup.make_start(inputs, s, Run(home))
                 tracker = s.track and PROCESS == 0 and trackers.tracker(s.track, here, s.as_dict())
-                self_explore(run_folder.Run(here, tracker), start, s)
+                self_explore(Run(here, tracker), start, s)
                 arms.append((name, here))
         distributed.only_first(finish, arms, settings)
     distributed.stop()

@@ -1,6 +1,6 @@
 """Figures from the files that a run leaves; no number here that is not in them.
 
-    python -m harness.runs.plots runs/toy  draws the figures of a run (with its baseline and seeds) again
+    python -m harness.runs.plots runs/toy  draws the figures of a run, its baseline and its seeds
 
 evaluation.png  held-out measures by iteration, alpha = 0 beside them
 rewards.png     distribution of the judge's scores by iteration (Fig. 3 of arXiv 2405.19332)
@@ -23,8 +23,9 @@ import numpy as np  # noqa: E402
 
 from harness.runs import exits  # noqa: E402
 from harness.judging.evaluation import half_for_ties, mean_interval  # noqa: E402
-from harness.runs.report import EVAL_COLUMNS, judge_of, rows_of  # noqa: E402
-from harness.runs.run_folder import METRICS, finished_rows, settings_of  # noqa: E402
+from harness.runs.report import EVAL_COLUMNS, judge_of  # noqa: E402
+from harness.runs.run_reader import (  # noqa: E402
+    by_iteration, find_runs, finished_rows, home_of, rows_of, settings_of)
 from harness.runs.settings import as_path  # noqa: E402
 
 plt.rcParams["text.parse_math"] = False  # a judge's file may have dollar signs in its name
@@ -53,31 +54,9 @@ def draw_all(runs, folder):
     return [path for path in drawn if path]
 
 
-def find_runs(run_dir):
-    """[(arm name, folder)] of a run folder, its baseline and its other seeds."""
-    folders = [Path(run_dir), *sorted(Path(run_dir).glob("seed_*"))]
-    return [("SELM" if float(settings_of(folder)["alpha"]) > 0 else "DPO", folder)
-            for home in folders for folder in (home, home / "baseline")
-            if (folder / METRICS).exists()]
-
-
 # ----------------------------------------------------------------------------------------------
 # 1. What the files of a run say
 # ----------------------------------------------------------------------------------------------
-
-
-def home_of(folder):
-    """The folder of a seed, in which its start is; the baseline is a folder in it."""
-    return folder.parent if folder.name == "baseline" else folder
-
-
-def iterations(folder, name):
-    """{iteration: path} of the files of this name, the start's as that before the first."""
-    paths = {int(path.parent.name[5:]): path for path in Path(folder).glob(f"iter_*/{name}")}
-    start = home_of(Path(folder)) / "start" / name
-    if start.exists():
-        paths[min(paths, default=1) - 1] = start
-    return dict(sorted(paths.items()))
 
 
 def scores_by_iteration(runs):
@@ -92,15 +71,14 @@ def scores_by_iteration(runs):
         for score in scores:
             found.setdefault(whose, {}).setdefault(k, {}).setdefault(arm, []).append(score)
     for arm, folder in runs:
-        for k, path in iterations(folder, "eval.jsonl").items():
-            rows = list(finished_rows(path))
+        for k, rows in by_iteration(folder, "eval.jsonl").items():
+            rows = list(rows)
             add(f"held-out, temperature {heat:g}", k, arm, [row["scores"][2] for row in rows])
             add("held-out, temperature 1", k, arm, [row["score_at_temperature_1"] for row in rows
                                              if "score_at_temperature_1" in row])
     for arm, folder in runs if not found else []:
-        for k, path in iterations(folder, "pairs.jsonl").items():
-            add("training samples y", k, arm, [row["candidates"][c]["score"]
-                                               for row in finished_rows(path)
+        for k, rows in by_iteration(folder, "pairs.jsonl").items():
+            add("training samples y", k, arm, [row["candidates"][c]["score"] for row in rows
                                                for c in row["sampled"]])
     return found
 
@@ -132,13 +110,12 @@ def implicit_differences(runs):
         if home / "baseline" not in folders:
             continue
         beta = float(settings_of(home)["beta"])
-        theirs = iterations(home / "baseline", "eval.jsonl")
-        for k, path in iterations(home, "eval.jsonl").items():
-            if k not in theirs or path == theirs[k]:  # the start is everybody's
+        theirs = by_iteration(home / "baseline", "eval.jsonl")
+        for k, ours in by_iteration(home, "eval.jsonl").items():
+            if k not in theirs or ours.path == theirs[k].path:  # all arms have the same start
                 continue
-            dpo = finished_rows(theirs[k])
-            for row in finished_rows(path):
-                both = zip(row["policy_logps"], dpo.of(row["prompt_id"])["policy_logps"])
+            for row in ours:
+                both = zip(row["policy_logps"], theirs[k].of(row["prompt_id"])["policy_logps"])
                 for role, (a, b) in zip(("data_chosen", "data_rejected"), both):
                     found.setdefault(k, {}).setdefault(role, []).append(beta * (a - b))
     return found

@@ -10,8 +10,9 @@ Test: pytest tests/test_report.py.
 from pathlib import Path
 
 from harness.judging.evaluation import mean_interval
-from harness.runs.run_folder import (
-    CONFIG, METRICS, finished_rows, read_metrics, read_record, settings_of, write_text)
+from harness.runs.output_files import write_text
+from harness.runs.run_record import METRICS
+from harness.runs.run_reader import config_of, finished_rows, rows_of
 
 # name in metrics.jsonl -> heading. The toy's come last: a real run cannot know them.
 EVAL_COLUMNS = {
@@ -29,9 +30,6 @@ EVAL_COLUMNS = {
 NOT_THE_TOYS = ("score", "score_at_temperature_1", "lc_win_rate", "preference_accuracy",
                 "response_tokens", "finished")
 STUCK = 0.05  # nats: what an answer's log-prob moves by where an iteration has taught nothing
-
-
-rows_of = read_metrics  # (folder, phase) -> the rows of metrics.jsonl of one phase
 
 
 # ----------------------------------------------------------------------------------------------
@@ -205,7 +203,8 @@ def cell(rows, column):
 
 def write(runs, path, figures):
     """Writes report.md, returns its table as text."""
-    settings, config = settings_of(runs[0][1]), read_record(Path(runs[0][1]) / CONFIG)
+    config = config_of(runs[0][1])
+    settings = config["settings"]
     text = [f"# SELM run: {settings['name']}", "",
             f"`{' '.join(config['command'])}`", "", table(runs), ""]
     text += [judged(settings), ""] if table_cells(runs) else []

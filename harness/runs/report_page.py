@@ -1,7 +1,7 @@
 """report.html: one page in which a person looks at the data of a run: table, warnings, figures, and
 prompt by prompt the candidates and the answers. No network, no server, no build.
 
-    python -m harness.runs.report_page runs/toy  writes the page of a run (and draws its figures) again
+    python -m harness.runs.report_page runs/toy   writes the page and the figures of a run again
 
 A model's output is never markup: jinja2 escapes every text, and a content security policy keeps the
 page from running or loading anything but its own script, whose checksum it names. The page stays
@@ -19,8 +19,8 @@ import jinja2
 from markupsafe import escape
 
 from harness.runs import exits, plots, report
-from harness.runs.run_folder import (
-    CONFIG, finished_rows, printable, read_record, settings_of, write_text)
+from harness.runs.output_files import printable, write_text
+from harness.runs.run_reader import by_iteration, config_of, finished_rows, home_of, rows_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 BYTES = 6_000_000  # of all texts together
@@ -30,8 +30,8 @@ CHARACTERS = 3000  # of one text
 def write(runs, path, figures):
     """Writes the page of [(arm, folder)]; figures: paths of PNG files. The data shown are those of
     the first seed; the others' are in their folders."""
-    config, source = read_record(Path(runs[0][1]) / CONFIG), TEMPLATE.read_text("utf-8")
-    settings = settings_of(runs[0][1])
+    config, source = config_of(runs[0][1]), TEMPLATE.read_text("utf-8")
+    settings = config["settings"]
     [script] = re.findall("<script>(.*?)</script>", source, re.DOTALL)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      finalize=lambda value: printable(str(value)))
@@ -42,13 +42,13 @@ def write(runs, path, figures):
                                                report.judged(settings)],
         summaries=[(arm, folder, summaries(folder)) for arm, folder in runs],
         figures=[(Path(f).stem, base64.b64encode(Path(f).read_bytes()).decode()) for f in figures],
-        sections=sections([run for run in runs if plots.home_of(run[1]) == runs[0][1]])))
+        sections=sections([run for run in runs if home_of(run[1]) == runs[0][1]])))
 
 
 def summaries(folder):
     """The lines of all iterations, warnings among them."""
-    return [line.strip() for k in sorted({row["iteration"] for row in
-                                          report.rows_of(folder, "rank")})
+    return [line.strip() for k in sorted({row["iteration"]
+                                                    for row in rows_of(folder, "rank")})
             for line in report.summary(folder, k)]
 
 
@@ -63,14 +63,13 @@ def sections(runs):
     who, meta, role, text."""
     found, answers = [], {}
     for arm, folder in runs:
-        for k, path in plots.iterations(folder, "eval.jsonl").items():
-            answers["start" if path.parent.name == "start" else f"{arm} {k}"] = (
-                finished_rows(path))
-        for k, path in plots.iterations(folder, "pairs.jsonl").items():
+        for k, rows in by_iteration(folder, "eval.jsonl").items():
+            answers["start" if rows.path.parent.name == "start" else f"{arm} {k}"] = rows
+        for k, rows in by_iteration(folder, "pairs.jsonl").items():
             found.append({
-                "title": f"{arm}, iteration {k}: candidates", "file": path,
+                "title": f"{arm}, iteration {k}: candidates", "file": rows.path,
                 "note": "Green: chosen, red: rejected. Scores compare candidates of one prompt.",
-                "total": len(finished_rows(path)), "rows": candidate_rows(path)})
+                "total": len(rows), "rows": candidate_rows(rows)})
     if answers:
         found.insert(0, {
             "title": "Held-out prompts: the answer of every iteration",
@@ -93,11 +92,11 @@ def up_to(size, rows):
         yield row
 
 
-def candidate_rows(path):
-    """The rows of a pairs.jsonl, with the reference's log-probs where there are any."""
-    reference = path.with_name("reference.jsonl")
+def candidate_rows(pairs):
+    """The rows of pairs.jsonl, with the reference's log-probs where there are any."""
+    reference = pairs.path.with_name("reference.jsonl")
     reference = finished_rows(reference) if reference.exists() else None
-    for order, row in enumerate(finished_rows(path)):
+    for order, row in enumerate(pairs):
         candidates, scores = row["candidates"], [c.get("score", 0.0) for c in row["candidates"]]
         logps = reference.of(row["prompt_id"])["logps"] if reference else [None] * len(candidates)
         cells = []

@@ -24,7 +24,7 @@ from harness.inputs import chat_template
 from harness.models import compatibility, weights
 from harness.runs import exits
 from harness.inputs.files import check_characters, check_file, is_special, parse_json
-from harness.runs.run_folder import check_writable, printable, write_text
+from harness.runs.output_files import check_writable, printable, write_text
 from harness.runs.settings import as_path, as_text
 
 MAX_NEW_TOKENS = 512  # where the user names no limit and the context has room

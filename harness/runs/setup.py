@@ -23,8 +23,9 @@ import sample
 from harness.inputs import chat_template, engine_samples, preferences, toy
 from harness.judging import judges
 from harness.models import compatibility, weights
-from harness.runs import run_folder, settings as flags
-from harness.runs.run_folder import Run, fingerprint
+from harness.runs import run_record, settings as flags
+from harness.runs.run_folder import Run
+from harness.runs.run_record import fingerprint
 from harness.models.distributed import PROCESS, only_first, say
 
 DATE = "date that the chat template writes"
@@ -63,7 +64,7 @@ class Start:
         judge = self.judge
         if held_out:  # --length-penalty is for training
             judge = replace(self.eval_judge or judge, length_penalty=0.0)
-        kept = judges.Kept(self.run.folder / "human_answers.jsonl") if judge.name == "human" else (
+        kept = judges.Kept(self.run.path / "human_answers.jsonl") if judge.name == "human" else (
             judges.Kept(here / f"scores{PROCESS}.jsonl", here.glob("scores*.jsonl")))
         return functools.partial(judge, kept=kept)
 
@@ -151,7 +152,7 @@ def read_model(s):
             f"{s.model}: the tokenizer knows {len(tokenizer)} tokens, the model only "
             f"{config.vocab_size}; if tokens were added to it, call model.resize_token_embeddings("
             "len(tokenizer)) once and save the model, else the two do not belong together")
-    day = None if s.fresh else run_folder.made_from(s.run_dir).get(DATE)
+    day = None if s.fresh else run_record.made_from(s.run_dir).get(DATE)
     chat = chat_template.ChatFormat(tokenizer, weights.model_stop_ids(s.model),
                                day and datetime.date.fromisoformat(day))
     if chat.note:
@@ -256,14 +257,14 @@ def make_start(inputs, s, run):
     """Start of the settings s; run: the home of the seed, where what must be made is made once."""
     truth, policy = None, s.model
     if s.variant:
-        world = run.once(run.folder / "world", build_world, s.seed, s.variant)
+        world = run.folder(run.path / "world", build_world, s.seed, s.variant)
         s = replace(s, model=str(world / "base"), data=str(world / "train.jsonl"))
         inputs, policy = with_data(replace(inputs, chat=read_model(s)), s), s.model
         truth = functools.partial(toy.true_measures, tokenizer=inputs.chat.tokenizer,
                                   prompts=[row["prompt"] for row in inputs.held_out],
                                   variant=s.variant, seed=s.seed)
     elif policy.endswith(".gguf"):  # unpacked once, not at every load
-        policy = str(run.once(run.folder / "start_policy", unpack, policy, inputs.chat))
+        policy = str(run.folder(run.path / "start_policy", unpack, policy, inputs.chat))
     portions = preferences.split_portions(inputs.records, s.iterations, s.prompts_per_iteration, s.seed)
     return Start(run, policy, inputs.chat, *inputs.sampler, inputs.judge, portions,
                  inputs.held_out, truth, inputs.eval_judge)
