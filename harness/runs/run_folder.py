@@ -34,6 +34,7 @@ from pathlib import Path
 from harness.inputs.files import check_apart, is_special
 from harness.models.distributed import (
     PROCESS, PROCESSES, checksum, only_first, raise_everywhere, say, seal, told, unseal)
+from harness.runs.settings import NO_DIFFERENCE
 
 try:
     import fcntl
@@ -66,10 +67,6 @@ EVALUATED = re.compile(r"/(answers|answers_at_temperature_1|eval|duels|true)\.js
 # What a judge's scores are in: of the pairs to train on, of an evaluation.
 JUDGES = "judge", "judge of the evaluation"
 RANKED, SCORED = re.compile(r"/pairs\.jsonl$"), re.compile(r"/(eval|duels)\.jsonl$")
-# Settings that change no number, or that made_from tells better.
-NO_DIFFERENCE = ("fresh", "dry_run", "processes", "track", "run_dir", "baseline", "seeds", "slots",
-                 "save_every", "gradient_checkpointing", "offload", "data", "tokens_per_forward",
-                 "compile", "model", "ranker", "eval_ranker", "chat_template", "name")
 
 # ----------------------------------------------------------------------------------------------
 # 1. Text and rows
