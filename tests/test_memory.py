@@ -198,8 +198,8 @@ def test_a_run_that_does_not_fit_stops_before_it_loads_anything(tmp_path, card, 
     card(0.9)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="of a GPU") as error:
         patch.setattr(command.flags, "read", lambda _: s)
-        patch.setattr(command.prepare, "read_inputs", None)
-        patch.setattr(train_loop.scale, "start", None)
+        patch.setattr(command.setup, "read_inputs", None)
+        patch.setattr(train_loop.distributed, "start", None)
         train_loop.main([])
     advice = str(error.value).split("fits with ")[1].split()
     advised = recipe(tmp_path, *flags, *advice)

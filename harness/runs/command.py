@@ -23,7 +23,7 @@ def main(argv, self_explore):
     settings = flags.read(argv)
     if settings.dry_run:
         prompts, source = setup.count_prompts(settings)
-        say(flags.plan(settings, prompts, source))
+        say(flags.dry_run_text(settings, prompts, source))
         return say(memory.describe(settings, prompts))
     settings = memory.fitted(settings)
     weights.spare_housekeeping()
