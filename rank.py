@@ -31,9 +31,9 @@ Legend: B prompts, K candidates of one, R rows (pairs) of a forward pass, T toke
 H hidden size, h attention heads, d = H / h, P relative-position embeddings.
 """
 
-from harness.runs import exits
-
-exits.before(__name__, "nothing had begun")  # Ctrl-C is one line while libraries load, too
+if __name__ == "__main__":  # the command line is harness/runs/rank_command.py
+    import runpy
+    runpy.run_module("harness.runs.rank_command", run_name="__main__")
 
 import functools
 import hashlib
@@ -285,8 +285,3 @@ def distinct(texts):
     """["a", "b", "a"] -> (the distinct texts ["a", "b"], the place of each text [0, 1, 0])."""
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     return list(place), [place[text] for text in texts]
-
-
-if __name__ == "__main__":
-    from harness.judging import judges
-    exits.run(judges.main, "finished scores are kept, and the same command goes on from there")

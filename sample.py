@@ -36,9 +36,9 @@ Test: pytest tests/test_sample.py.    Read next: rank.py.
 Legend: B prompts, n live slots, T tokens, V vocabulary, A heads, D size of one head.
 """
 
-from harness.runs import exits
-
-exits.before(__name__, "nothing had begun")  # Ctrl-C is one line while libraries load, too
+if __name__ == "__main__":  # the command line is harness/runs/sample_command.py
+    import runpy
+    runpy.run_module("harness.runs.sample_command", run_name="__main__")
 
 import math
 import random
@@ -372,8 +372,3 @@ def advance(live, cache, tokens, stop_ids):
                 cache.move(len(live) - 1, row)
             live.pop()
     return ended
-
-
-if __name__ == "__main__":
-    from harness.runs import sample_command  # a prompt, a chat, AlpacaEval's outputs
-    exits.run(sample_command.main, goes_on="nothing was written")

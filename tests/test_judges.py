@@ -22,8 +22,8 @@ import torch
 from conftest import ARCHITECTURES, ROOT, TEMPLATES, make_tokenizer
 
 import data as our_data
-from harness.judging import evaluation, judges
-from harness.runs import exits, setup
+from harness.judging import evaluation, judge_models, judges
+from harness.runs import exits, rank_command, setup
 from harness.judging.judges import load_judge, with_length_penalty
 from harness.runs.output_files import printable
 
@@ -705,7 +705,7 @@ def test_scores_of_a_bf16_body_are_not_rounded_to_bf16(tmp_path, monkeypatch):
     """On a GPU: scores near 20 in steps of 1/8, so that good candidates tie, and a hash decides."""
     folder = save_reward_model(tmp_path / "reward")
     whole = load_judge(f"reward:{folder}")
-    monkeypatch.setattr(judges, "body_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(judge_models, "body_dtype", lambda _: torch.bfloat16)
     half, texts = load_judge(f"reward:{folder}"), [["hello", "the cat", "the moon", "how are you"]]
     question = [[{"role": "user", "content": "hello there"}]]
     [got], [expected] = half(question, texts), whole(question, texts)
@@ -974,7 +974,7 @@ def rank(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["rank.py", *files, "--ranker", spec, *extra])
         monkeypatch.setattr(exits.signal, "signal", lambda *handler: None)  # pytest keeps its own
         with pytest.raises(SystemExit) as stop:
-            exits.run(judges.main)
+            exits.run(rank_command.main)
         return stop.value.code
     return run
 

@@ -15,7 +15,8 @@ import blender
 import pytest
 import torch
 
-from harness.judging.judges import load_judge, load_pairrm
+from harness.judging.judge_models import load_pairrm
+from harness.judging.judges import load_judge
 from rank import PairRM, choose_pair, give_roles, length_batches, pairrm_texts
 
 PROMPTS = ["hello, how are you!", "I love you!", "Write a line\nabout  the sea, please."]

@@ -172,7 +172,7 @@ MUTANTS = [
     ("a response is tokenised by itself", "harness/inputs/chat_template.py",
      "return prompt[max(0, prompt.rfind(self.cut)) if self.cut else 0:]", 'return ""',
      "tests/test_chat_template.py"),
-    ("scores are kept in what is ranked", "harness/judging/judges.py",
+    ("scores are kept in what is ranked", "harness/runs/output_files.py",
      'check_writable(path, inputs, "--scores")', "pass", "tests/test_judges.py"
      "::test_no_output_takes_the_place_of_what_the_command_reads"),
     ("an end token that the template leaves out is always eos", "harness/inputs/chat_template.py",
@@ -203,7 +203,7 @@ MUTANTS = [
      "for file in {self.path, *(self.path.parent.glob('*') if self.path else ())} - {None}:",
      "tests/test_judges.py"
      "::test_scores_that_a_user_names_are_not_mixed_with_their_neighbours"),
-    ("rewards are rounded to bf16", "harness/judging/judges.py",
+    ("rewards are rounded to bf16", "harness/judging/judge_models.py",
      "head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))", "pass",
      "tests/test_judges.py::test_scores_of_a_bf16_body_are_not_rounded_to_bf16"),
     ("a quantised model is loaded", "harness/models/weights.py",
@@ -264,12 +264,12 @@ MUTANTS = [
      "            pass",
      "tests/test_judges.py"
      "::test_of_a_generator_that_leaves_out_a_prompt_nothing_is_kept"),
-    ("a reward model's surplus weights are left out in silence", "harness/judging/judges.py",
+    ("a reward model's surplus weights are left out in silence", "harness/judging/judge_models.py",
      "        if surplus:\n            raise ValueError",
      "        if False:\n            raise ValueError",
      "tests/test_judges.py"
      "::test_a_reward_model_that_is_not_whole_is_refused_with_a_remedy"),
-    ("a reward model is cut at its tokenizer's number", "harness/judging/judges.py",
+    ("a reward model is cut at its tokenizer's number", "harness/judging/judge_models.py",
      "(min if table else max)(named, positions)",
      "min(named, positions)",
      "tests/test_judges.py"

@@ -22,8 +22,8 @@ import torch
 
 from harness.runs.sample_command import read_instructions, user_turn
 from harness.judging.evaluation import half_for_ties, length_controlled, wilson
-from harness.judging.judges import SPECS, check_scores, load_judge, parse_spec
-from harness.runs.output_files import Rows
+from harness.judging.judges import SPECS, load_judge, parse_spec
+from harness.runs.output_files import Rows, check_scores
 from harness.runs.settings import as_judge, as_path
 from harness.inputs.chat_template import strip_thought
 

@@ -25,6 +25,8 @@ import torch
 from torch import backends
 from torch.utils import _device
 
+from harness.runs.output_files import printable
+
 PROMPTS_A_CALL = 64
 END = object()
 
@@ -98,6 +100,11 @@ class UserFunction:
             write_state(ours)
             self.modules = {name: sys.modules.pop(name) for name in own()}
             sys.modules.update(hidden)
+
+
+def one_line(text):
+    """Any text as one line that steers no terminal."""
+    return " ".join(printable(str(text)).split())
 
 
 def explain(error, file=None):

@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from harness.inputs.files import check_apart, is_special
+from harness.inputs.files import check_apart, check_file, is_special
 from harness.models.distributed import seal, unseal
 
 # ----------------------------------------------------------------------------------------------
@@ -164,3 +164,10 @@ def kept_rows(path):
             if row is not None:
                 yield begin, row
             begin += len(line)
+
+
+def check_scores(path, inputs):
+    """ValueError where a judge's finished scores cannot be kept at `path`, or would replace an
+    input. inputs: (flag, path) of what the command reads."""
+    check_file("--scores", path)
+    check_writable(path, inputs, "--scores")

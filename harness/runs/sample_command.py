@@ -9,6 +9,10 @@ harness/models/weights.py.
 Test: pytest tests/test_sample_command.py.
 """
 
+from harness.runs import exits
+
+exits.before(__name__, "nothing had begun")  # Ctrl-C is one line while libraries load, too
+
 import argparse
 import itertools
 import json
@@ -22,7 +26,6 @@ import transformers
 import sample
 from harness.inputs import chat_template
 from harness.models import compatibility, weights
-from harness.runs import exits
 from harness.inputs.files import check_characters, check_file, is_special, parse_json
 from harness.runs.output_files import check_writable, printable, write_text
 from harness.runs.settings import as_path, as_text
@@ -200,3 +203,7 @@ def user_turn(text):
 
 def note(text):
     print(printable(text), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    exits.run(main, goes_on="nothing was written")
