@@ -24,6 +24,7 @@ N response tokens of a micro-batch.
 """
 
 import random
+from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -115,15 +116,32 @@ class Size(NamedTuple):
     width: int  # tokens of the longest plain row
 
 
-def make_tree(row, alpha, logps=None):
-    """A row of pairs.jsonl (and the log-probs of its row in reference.jsonl) -> Tree. It holds only
-    the candidates that the loss needs: with alpha = 0, y is needed only if it won or lost."""
+def read_trees(pairs, alpha):
+    """The trees of all rows of pairs.jsonl that train, 4 bytes a token. Without optimism an equal
+    pair (chosen and rejected are one response) has nothing to say. ValueError if none is left."""
+    trees = [make_tree(row, alpha) for row in pairs
+             if not row["dropped"] and (row["chosen"] != row["rejected"] or alpha > 0)]
+    if not trees:
+        raise ValueError(f"no example is left to train on; look at {pairs.path} to see why")
+    return trees
+
+
+def make_tree(row, alpha):
+    """A row of pairs.jsonl -> Tree, with only the candidates that the loss needs: plain DPO
+    (alpha 0) needs y only if y won or lost."""
     sampled = row["sampled"] if alpha > 0 else []
     used = sorted({row["chosen"], row["rejected"], *sampled})
-    return Tree(row["prompt_ids"], [row["candidates"][c]["ids"] for c in used],
+    responses = [array("i", row["candidates"][c]["ids"]) for c in used]
+    return Tree(array("i", row["prompt_ids"]), responses,
                 used.index(row["chosen"]), used.index(row["rejected"]),
-                [used.index(c) for c in sampled], [logps[c] for c in used] if logps else [],
-                used, row["prompt_id"])
+                [used.index(c) for c in sampled], [], used, row["prompt_id"])
+
+
+def add_reference(trees, reference):
+    """Gives the trees the log-probs of their rows in reference.jsonl."""
+    for tree in trees:
+        logps = reference.of(tree.prompt_id)["logps"]
+        tree.ref_logps = [logps[c] for c in tree.candidate_indices]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -133,36 +151,39 @@ def make_tree(row, alpha, logps=None):
 
 @dataclass
 class Batch:
-    """One update: its number of trees in all processes, and this process's micro-batches."""
+    """The trees of one update: how many over all processes, and this process's micro-batches."""
     examples: int
-    micro_batches: list
+    micro_batches: list  # lists of trees
+    fillers: list  # micro-batches that do not count, see `passes`
+
+    def passes(self):
+        """Yields (trees, whether they count) for each forward pass. FSDP waits for all processes,
+        so each makes equally many: one with fewer micro-batches computes a tree for nothing."""
+        yield from ((trees, True) for trees in self.micro_batches)
+        yield from ((trees, False) for trees in self.fillers)
 
 
-def plan_updates(sizes, batching, seed, process=0, processes=1):
-    """One epoch over trees of these Sizes, shuffled by seed -> the Batches of this process.
+def plan_updates(trees, batching, seed, process=0, processes=1):
+    """One epoch over the trees, shuffled by seed -> the Batches of this process.
 
     batching: batch_size (trees per update, over all processes), tokens_per_forward, plain_rows.
-    All processes get the same number of micro-batches per update, because FSDP waits for all of
-    them; missing ones are [].
     """
-    order = random.Random(seed).sample(range(len(sizes)), len(sizes))
+    order = random.Random(seed).sample(trees, len(trees))
     batches = []
     for start in range(0, len(order), batching.batch_size):
         batch = order[start:start + batching.batch_size]
-        shares = [batch[p::processes] for p in range(processes)]
-        plans = [[[share[i] for i in group]
-                  for group in plan_micro_batches([sizes[i] for i in share], batching)]
-                 for share in shares]
+        plans = [plan_micro_batches(batch[p::processes], batching) for p in range(processes)]
         missing = max(map(len, plans)) - len(plans[process])
-        batches.append(Batch(len(batch), plans[process] + [[]] * missing))
+        batches.append(Batch(len(batch), plans[process], [trees[:1]] * missing))
     return batches
 
 
-def plan_micro_batches(sizes, batching):
-    """Sizes of trees -> groups of indices, each within batching.tokens_per_forward. A tree that is
-    larger than that gets a group of its own. The order in a group does not change the result."""
+def plan_micro_batches(trees, batching):
+    """Trees -> lists of trees, each within batching.tokens_per_forward; a tree that is larger is
+    alone in its list. The order within a list does not change the result."""
     plan = plan_plain_rows if batching.plain_rows else plan_packed
-    return plan(sizes, batching.tokens_per_forward)
+    groups = plan([tree.size for tree in trees], batching.tokens_per_forward)
+    return [[trees[i] for i in group] for group in groups]
 
 
 def plan_packed(sizes, tokens_per_forward):
@@ -252,7 +273,7 @@ def pad(trees):
     predicted_from, targets, response_index = [], [], []
     for i, (p, response) in enumerate(rows):
         length = len(p) + len(response)
-        input_ids[i, :length] = torch.tensor(p + response)
+        input_ids[i, :length] = torch.tensor([*p, *response])
         attention_mask[i, :length] = 1
         predicted_from += range(i * width + len(p) - 1, i * width + length - 1)
         targets += response

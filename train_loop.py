@@ -1,15 +1,16 @@
 """SELM, Algorithm 1 of arXiv 2405.19332 v3: sample, rank, reference, train, and again.
 
-This is textbook.py's `self_explore`, and computes its numbers (tests/test_textbook.py). What it
-deleted: the reference model (its log-probs are numbers on disk), the padding, the logits, the
-second forward pass of the policy (y shares one with the pair). What it added: every phase goes from
-files to a file or folder, so that a killed run goes on behind its last finished row, or the last
-checkpoint of a training; on one process or many.
+This is textbook.py's `self_explore`, and it computes the same numbers (tests/test_textbook.py). It
+does without the reference model (its log-probs are numbers on disk), the padding, the logits, and
+the policy's second forward pass (y shares one with the pair). In return every phase goes from files
+to a file or a folder. So a run that was killed resumes after the rows that it had finished, or from
+the last checkpoint of a training. And a phase runs on one process or on many.
 
     1  Algorithm 1     2  Its phases, in the order of the loop     3  One update
 
-No formula of the objective lives here (selm.py), no flag or command (harness/runs/settings.py and
-command.py), no file format (rundir.py), and of processes only "mine" and "all" (scale.py).
+The objective's formulas are in selm.py, flags and commands in harness/runs/settings.py and
+command.py, the files of a run in harness/runs/run_folder.py, and what processes say to each other
+in harness/models/distributed.py.
 
     python train_loop.py                                   the toy world, about a minute
     python train_loop.py --model zephyr-7b-sft --dry-run   what the paper's run would do
@@ -17,7 +18,9 @@ command.py), no file format (rundir.py), and of processes only "mine" and "all" 
 Test: pytest tests/test_train_loop.py tests/test_textbook.py.
 
 Legend: B prompts of a micro-batch, R responses of all of them; logps are sums over a response, in
-nats; s is the Settings of an iteration, `start` (prepare.Start) what all arms of a run share.
+nats; `s` are the Settings of an iteration; `start` (harness/runs/setup.py) is what all arms of a
+run share: the model, its chat format, the judge, the portions. A policy_path is where a policy
+lies; a policy is the model itself.
 """
 
 from harness.runs import exits
@@ -28,7 +31,6 @@ import functools
 import itertools
 import math
 import shutil
-from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -38,11 +40,11 @@ import rank
 import sample
 import selm
 from harness.inputs import engine_samples
-from harness.judging import duel, held_out
+from harness.judging import held_out
+from harness.judging.evaluation import ranking
 from harness.models import distributed, weights
-from harness.runs import command, report
-from harness.judging.evaluation import evaluation, ranking
 from harness.models.distributed import PROCESS, PROCESSES, gather, say
+from harness.runs import command, report
 from harness.runs.settings import stream
 
 CHUNK = 1024  # prompts that are tokenised and judged together
@@ -60,31 +62,27 @@ def self_explore(run, start, settings):
     with rows.of(prompt_id). run.folder(path, phase, ...): the same for a folder, which
     phase(path, ...) writes.
     """
-    policy = start.policy  # a policy is a PATH here and in section 2
-    evaluate(run, start.run.path / "start", policy, start, settings.at(settings.first - 1))
+    policy_path = start.policy
+    held_out.evaluate(run, start.run.path / "start", policy_path, start,
+                      settings.at(settings.first - 1), sample_responses)
     for k, portion in enumerate(start.portions, settings.first):
         here, s = run.path / f"iter_{k}", settings.at(k)
+        reference_path = policy_path if s.reference == "previous" else start.policy
 
         # y ~ pi(.|x), then the best and the worst of {y, y_w, y_l}
-        draw = engine_samples.samples if s.samples_from else sample_responses
-        samples = [run.rows(here / "samples.jsonl", draw, portion, policy, start, s)]
-        if s.pairs == "reference":  # XPO's: one of the first model, too, by other random numbers
-            samples.append(run.rows(here / "reference_samples.jsonl", draw, portion, start.policy,
-                                    start, replace(s, iteration=f"{k}, reference")))
+        samples = draw_samples(run, here, portion, policy_path, start, s)
         pairs = run.rows(here / "pairs.jsonl", rank_candidates, portion, samples, start, s)
         # log pi_ref of every response that the loss needs, before the first update
-        training_set = TrainingSet(pairs, policy if s.reference == "previous" else start.policy, s)
-        # Its micro-batches must be those of update 0: with other ones it is made again, unless a
-        # checkpoint lies behind that update, for training goes on with what it began with.
-        made_with = (None if distributed.newest_checkpoint(here / "state") else
-                     [s.tokens_per_forward, PROCESSES])
-        training_set.reference = run.rows(here / "reference.jsonl", reference_logps, pairs,
-                                          training_set, made_with=made_with)
-        # the SELM loss, one epoch; the new policy is the next reference
-        policy = run.folder(here / "policy", train, policy, training_set, start.chat, run)
-        shutil.rmtree(here / "state", ignore_errors=True)  # checkpoints: not before it is recorded
+        trees = data.read_trees(pairs, s.alpha)
+        reference = run.rows(here / "reference.jsonl", reference_logps, pairs, trees,
+                             reference_path, s, made_with=micro_batches_of(here, s))
+        data.add_reference(trees, reference)
+        # one epoch of the SELM loss; the new policy is the next reference
+        policy_path = run.folder(here / "policy", train, policy_path, trees, reference_path,
+                                 start.chat, run, s)
+        shutil.rmtree(here / "state", ignore_errors=True)  # the checkpoints of this training
 
-        evaluate(run, here, policy, start, s)
+        held_out.evaluate(run, here, policy_path, start, s, sample_responses)
         run.log([{"iteration": k, "phase": "rank", **ranking(pairs, s.max_new_tokens)}])
         say("\n".join(report.summary(run.path, k)))
 
@@ -94,16 +92,27 @@ def self_explore(run, start, settings):
 # ----------------------------------------------------------------------------------------------
 
 
-def sample_responses(records, policy, start, s):
+def draw_samples(run, here, portion, policy_path, start, s):
+    """[Rows of samples.jsonl]; with XPO's pairs also those of the first model, [.., Rows]."""
+    draw = engine_samples.samples if s.samples_from else sample_responses
+    samples = [run.rows(here / "samples.jsonl", draw, portion, policy_path, start, s, s.iteration)]
+    if s.pairs == "reference":  # by other random numbers than the policy's
+        samples.append(run.rows(here / "reference_samples.jsonl", draw, portion, start.policy,
+                                start, s, f"{s.iteration}, reference"))
+    return samples
+
+
+def sample_responses(records, policy_path, start, s, stream_name):
     """y ~ pi(.|x): yields {prompt_id, samples: [{ids, text, finished}]} for each record.
 
-    A prompt's samples depend on (seed, iteration, prompt_id) alone, not on its neighbours.
+    A prompt's samples depend on (seed, stream_name, prompt_id) alone, not on its neighbours.
     """
     chat, n, ys = start.chat, s.responses_per_prompt, ()
     if n and len(records):
         ys = start.serve(
-            weights.load_frozen(policy, s.compute, start.attention), requests(records, chat, s),
-            stop_ids=chat.stop_ids, slots=s.slots, temperature=s.temperature, top_p=s.top_p,
+            weights.load_frozen(policy_path, s.compute, start.attention),
+            requests(records, chat, s, stream_name), stop_ids=chat.stop_ids, slots=s.slots,
+            temperature=s.temperature, top_p=s.top_p,
             expected=len(records) * n if PROCESS == 0 else None)
     elif not n:  # offline DPO on the data's own pairs
         yield from ({"prompt_id": record["prompt_id"], "samples": []} for record in records)
@@ -113,14 +122,14 @@ def sample_responses(records, policy, start, s):
             for y in responses]}
 
 
-def requests(records, chat, s):
+def requests(records, chat, s, stream_name):
     """What sampling asks for: yields (prompt ids, most tokens of y, seed), n per record."""
     for chunk in chunks(records, CHUNK):
         for record, ids, room in data.encode_prompts(chunk, chat, s.max_prompt_length,
                                                      s.max_length):
             limit = min(s.max_new_tokens, room)  # so that nothing is cut later
             for j in range(s.responses_per_prompt):
-                yield ids, limit, stream(s.seed, s.iteration, record["prompt_id"], j)
+                yield ids, limit, stream(s.seed, stream_name, record["prompt_id"], j)
 
 
 def rank_candidates(records, samples, start, s):
@@ -149,19 +158,18 @@ def named(responses, prompt_id, samples):
 
 
 @torch.no_grad()
-def reference_logps(pairs, training_set):
+def reference_logps(pairs, trees, reference_path, s):
     """log pi_ref of the candidates in use: yields {prompt_id, logps: one per candidate, or null}.
 
     In the very micro-batches of the training that follows, with the same code and dtype, so that
     the first update sees policy == reference to the last bits.
     """
-    policy, known = training_set.policy(training_set.reference_path), {}
-    for batch in tqdm(training_set.epochs[0], "reference", unit="batch", leave=False,
+    policy, known = weights.load_policy(reference_path, s.compute, seed_of(s)), {}
+    for batch in tqdm(epoch_of(trees, s, 0), "reference", unit="batch", leave=False,
                       disable=PROCESS > 0):
-        for micro_batch in batch.micro_batches:
-            trees = training_set.trees(micro_batch or [0])  # [] where another process has one more
-            logps = forward(policy, trees, training_set.s.plain_rows).tolist()
-            for tree in trees if micro_batch else []:
+        for micro_batch, counts in batch.passes():
+            logps = forward(policy, micro_batch, s.plain_rows).tolist()
+            for tree in micro_batch if counts else []:
                 known[tree.prompt_id] = dict(zip(tree.candidate_indices, logps))
                 logps = logps[len(tree.candidate_indices):]
     known = {prompt_id: row for share in gather(known) for prompt_id, row in share.items()}
@@ -171,34 +179,53 @@ def reference_logps(pairs, training_set):
                "logps": [logps.get(c) for c in range(len(row["candidates"]))]}
 
 
-def train(path, previous, training_set, chat, run):
+def micro_batches_of(here, s):
+    """What reference.jsonl was made with. Its micro-batches must be those of update 0: with other
+    ones it is made again. A training that resumes after update 0 takes it as it is: None."""
+    resumes = distributed.newest_checkpoint(here / "state")
+    return None if resumes else [s.tokens_per_forward, PROCESSES]
+
+
+def epoch_of(trees, s, epoch):
+    """The Batches of one epoch; of each, this process's micro-batches."""
+    return data.plan_updates(trees, s.batching, stream(s.seed, s.iteration, epoch), PROCESS,
+                             PROCESSES)
+
+
+def seed_of(s):
+    """Of what training itself draws: LoRA's random half, equal on all processes and after a kill."""
+    return stream(s.seed, s.iteration)
+
+
+def train(path, previous, trees, reference_path, chat, run, s):
     """The updates of one iteration, from the policy at `previous` to a new one at `path`. SIGTERM
-    ends it between two of them, with a checkpoint for the same command to go on from."""
-    s, policy = training_set.s, training_set.policy(previous)
-    training_set.loaded = None, None  # training changes it: never hand it out as pi_ref again
+    ends it between two updates, with a checkpoint from which the same command resumes."""
+    if previous != reference_path:
+        weights.load_policy.cache_clear()  # the reference, whose memory is needed
+    policy = weights.load_policy(previous, s.compute, seed_of(s))
+    weights.load_policy.cache_clear()  # training changes it: never hand it out as pi_ref again
     parameters = distributed.trained(policy)
     optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=s.adam_betas, eps=s.adam_eps,
                                   weight_decay=0.0, fused=True)
-    batches = [batch for epoch in training_set.epochs for batch in epoch]
+    batches = [batch for epoch in range(s.epochs) for batch in epoch_of(trees, s, epoch)]
     state, history = path.with_name("state"), []
     if checkpoint := distributed.newest_checkpoint(state):
         history = distributed.load_checkpoint(checkpoint, policy, optimizer)
-        say(f"training goes on after update {len(history)} of {len(batches)}")
+        say(f"training resumes after update {len(history)} of {len(batches)}")
 
     bar = tqdm(batches[len(history):], "train", unit="update", leave=False, disable=PROCESS > 0,
                initial=len(history), total=len(batches))
     with exits.sigterm_waits() as asked:
         for u, batch in enumerate(bar, len(history)):
             optimizer.param_groups[0]["lr"] = lr = s.lr * lr_factor(u, len(batches))
-            metrics = update(policy, optimizer, training_set, batch, u,
-                             from_reference=training_set.reference_path == previous)
+            metrics = update(policy, optimizer, batch, u, s, previous == reference_path)
             history.append({"iteration": s.iteration, "phase": "train", "update": u, "lr": lr,
                             **metrics})
             run.log(history, finished=False)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
             if any(gather(bool(asked))):
                 distributed.save_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
-                raise exits.Terminated(f"the same command goes on after update {u + 1} of "
+                raise exits.Terminated(f"the same command resumes after update {u + 1} of "
                                       f"{len(batches)} of iteration {s.iteration}")
             if s.save_every and (u + 1) % s.save_every == 0 and u + 1 < len(batches):
                 distributed.try_checkpoint(state / f"{u + 1:06d}", policy, optimizer, history)
@@ -212,90 +239,22 @@ def train(path, previous, training_set, chat, run):
         weights.stored_dtype(previous) if s.save_dtype == "start" else torch.float32))
 
 
-def evaluate(run, here, policy, start, s):
-    """Adds a row to metrics.jsonl: the policy on held-out prompts, against the start policy. The
-    start is its own opponent, and is evaluated once for all arms of a seed."""
-    if start.held_out:
-        owner, judge = (start.run if policy == start.policy else run), start.judging(here, True)
-        # One random stream for all policies.
-        to_answer = replace(s, iteration="eval", responses_per_prompt=1)
-        ys = [owner.rows(here / "answers.jsonl", sample_responses, start.held_out, policy, start,
-                         to_answer)]
-        if start.also_samples(s.temperature):
-            hot = replace(to_answer, temperature=1.0)
-            ys.append(owner.rows(here / "answers_at_temperature_1.jsonl", sample_responses,
-                                 start.held_out, policy, start, hot))
-        answers = owner.rows(here / "eval.jsonl", held_out.judge_answers, start.held_out, ys,
-                             policy, start, s, judge)
-        duels = owner.rows(here / "duels.jsonl", duel.judge_duels, answers,
-                           duel.opponents(start.run.path, here, s), judge)
-        metrics = evaluation(answers, duels)
-        if start.true_measures:
-            [truth] = owner.rows(here / "true.jsonl", held_out.measure_truth, [policy], start, s)
-            metrics |= truth
-        run.log([{"iteration": s.iteration, "phase": "eval", **metrics}])
-    start.forget_scores(here)
-
-
 # ----------------------------------------------------------------------------------------------
 # 3. One update
 # ----------------------------------------------------------------------------------------------
 
 
-class TrainingSet:
-    """The usable rows of pairs.jsonl, planned once into the batches of every epoch, for the
-    reference pass and for training. A tree is made from its row when its micro-batch comes."""
-
-    def __init__(self, pairs, reference_path, s):
-        self.pairs, self.reference_path, self.s = pairs, reference_path, s
-        self.reference, self.loaded = None, (None, None)
-
-    @functools.cached_property
-    def usable(self):
-        """(place in pairs.jsonl, size of its tree) of each row that trains."""
-        # Without optimism an equal pair has nothing to say.
-        found = [(place, data.make_tree(row, self.s.alpha).size)
-                 for place, row in enumerate(self.pairs) if not row["dropped"]
-                 and (row["chosen"] != row["rejected"] or self.s.alpha > 0)]
-        if not found:
-            raise ValueError(f"iteration {self.s.iteration}: no example is left to train on; look "
-                             f"at {self.pairs.path} to see why")
-        return found
-
-    @functools.cached_property
-    def epochs(self):
-        """Epochs of batches of micro-batches of indices into `usable`; ours among all processes."""
-        s, sizes = self.s, [size for _, size in self.usable]
-        return [data.plan_updates(sizes, s.batching, stream(s.seed, s.iteration, epoch),
-                                  PROCESS, PROCESSES) for epoch in range(s.epochs)]
-
-    def trees(self, micro_batch):
-        """The trees of a micro-batch, with their reference log-probs once these are known."""
-        rows = [self.pairs[self.usable[i][0]] for i in micro_batch]
-        return [data.make_tree(row, self.s.alpha, self.reference and
-                               self.reference.of(row["prompt_id"])["logps"]) for row in rows]
-
-    def policy(self, path):
-        """The policy at `path`, ready to train; the reference pass and training share one."""
-        if self.loaded[0] != path:
-            self.loaded = None, None  # before the next one takes its memory
-            # LoRA's random half: the same on all processes, and after a kill.
-            torch.manual_seed(stream(self.s.seed, self.s.iteration))
-            self.loaded = path, weights.load_policy(path, self.s.compute)
-        return self.loaded[1]
-
-
-def update(policy, optimizer, training_set, batch, u, from_reference):
+def update(policy, optimizer, batch, u, s, from_reference):
     """Update number u -> its mean metrics, and the gradient's norm before it was clipped.
     from_reference: the training began at pi_ref, so update 0 must see policy == reference.
     FloatingPointError where a number is not finite."""
-    s, parameters = training_set.s, optimizer.param_groups[0]["params"]
+    parameters = optimizer.param_groups[0]["params"]
     terms, optimism_norm = dict(alpha=s.alpha, beta=s.beta, optimism=s.optimism), None
     if u == 0 and s.alpha > 0:  # once per iteration: how much of the gradient is the term's?
-        gradient(policy, training_set, batch, functools.partial(optimism_alone, **terms))
+        gradient(policy, batch, s.plain_rows, functools.partial(optimism_alone, **terms))
         optimism_norm = clip(parameters, math.inf)
         optimizer.zero_grad()
-    metrics, farthest = gradient(policy, training_set, batch,
+    metrics, farthest = gradient(policy, batch, s.plain_rows,
                                  functools.partial(selm.selm_loss, loss=s.loss, **terms))
     if u == 0 and from_reference:
         check_update_zero(metrics["preference_loss"], farthest, s)
@@ -310,15 +269,14 @@ def update(policy, optimizer, training_set, batch, u, from_reference):
     return {"grad_norm": norm, **metrics}
 
 
-def gradient(policy, training_set, batch, loss):
+def gradient(policy, batch, plain_rows, loss):
     """Adds up the gradient of one batch, by micro-batches -> its mean metrics, and how far the
     farthest log-prob is from its reference, in nats. loss: roles -> losses (B,), metrics."""
-    totals, farthest = {}, 0.0
-    for i, micro_batch in enumerate(batch.micro_batches, 1):
-        distributed.last_micro_batch(policy, i == len(batch.micro_batches))
-        trees = training_set.trees(micro_batch or [0])
-        logps = forward(policy, trees, training_set.s.plain_rows)  # (R,)
-        if not micro_batch:  # FSDP waits for every process: one tree, in vain
+    totals, farthest, passes = {}, 0.0, list(batch.passes())
+    for i, (trees, counts) in enumerate(passes, 1):
+        distributed.last_micro_batch(policy, i == len(passes))
+        logps = forward(policy, trees, plain_rows)  # (R,)
+        if not counts:
             (0.0 * logps.sum()).backward()
             continue
         ref_logps = torch.tensor([x for tree in trees for x in tree.ref_logps],

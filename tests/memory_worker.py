@@ -86,10 +86,10 @@ def training(s):
     rows = Pairs(dict(prompt_id=str(i), prompt_ids=[3] * 64, dropped=None, chosen=0, rejected=1,
                       sampled=[2], candidates=[dict(ids=[4 + j] * 64) for j in range(3)])
                  for i in range(4))
-    training_set = train_loop.TrainingSet(rows, s.model, s)
-    training_set.reference = Reference(
-        (row["prompt_id"], row) for row in list(train_loop.reference_logps(rows, training_set)))
-    train_loop.train(Path(s.model) / "policy", s.model, training_set, Mock(), Mock())
+    trees = data.read_trees(rows, s.alpha)
+    data.add_reference(trees, Reference(
+        (row["prompt_id"], row) for row in train_loop.reference_logps(rows, trees, s.model, s)))
+    train_loop.train(Path(s.model) / "policy", s.model, trees, s.model, Mock(), Mock(), s)
 
 
 def sampling(s):

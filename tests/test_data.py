@@ -205,28 +205,44 @@ def test_all_processes_together_see_every_tree_once_an_epoch_in_as_many_micro_ba
     """Trees that no process or two of them train on; a process that waits for ever, because the
     others have one micro-batch more; batches of another size with another number of processes."""
     batching = SimpleNamespace(batch_size=7, tokens_per_forward=20, plain_rows=False)
-    sizes = [data.Size(3 + i * 5 % 13, 2, 9) for i in range(17)]
-    plans = [data.plan_updates(sizes, batching, 1, p, processes) for p in range(processes)]
-    alone = data.plan_updates(sizes, batching, 1)
+    trees = [data.Tree([1] * (1 + i * 5 % 13), [[2], [3]], 0, 1, [], prompt_id=i)
+             for i in range(17)]
+    plans = [data.plan_updates(trees, batching, 1, p, processes) for p in range(processes)]
+    alone = data.plan_updates(trees, batching, 1)
+
+    def that_count(batch):
+        return [tree.prompt_id for part, counts in batch.passes() if counts for tree in part]
     for u, batches in enumerate(zip(*plans)):
         assert {b.examples for b in batches} == {alone[u].examples}
-        assert len({len(b.micro_batches) for b in batches}) == 1
-        seen = sorted(i for b in batches for micro in b.micro_batches for i in micro)
-        assert seen == sorted(i for micro in alone[u].micro_batches for i in micro)
+        assert len({len(list(b.passes())) for b in batches}) == 1
+        assert all(part for b in batches for part, _ in b.passes())  # FSDP computes something
+        assert sorted(i for b in batches for i in that_count(b)) == sorted(that_count(alone[u]))
     assert [b.examples for b in alone] == [7, 7, 3]
-    assert sorted(i for b in alone for m in b.micro_batches for i in m) == list(range(17))
-    assert data.plan_updates(sizes, batching, 2) != alone
+    assert sorted(i for b in alone for i in that_count(b)) == list(range(17))
+    assert data.plan_updates(trees, batching, 2) != alone
 
 
 def test_a_tree_of_a_row_has_only_what_the_loss_needs_and_keeps_its_roles():
     """y computed for plain DPO too; a role that points at its place in the row, not in the tree;
-    reference log-probs of other candidates."""
+    reference log-probs of other candidates, or of another prompt."""
     row = {"prompt_id": "a", "prompt_ids": [1, 2], "chosen": 3, "rejected": 0, "sampled": [2, 3],
            "candidates": [{"ids": [10 + c]} for c in range(4)]}
-    tree = data.make_tree(row, 0.3, [-1.0, None, -3.0, -4.0])
-    assert (tree.responses, tree.candidate_indices) == ([[10], [12], [13]], [0, 2, 3])
+
+    class Reference:
+        def __init__(self, logps):
+            self.logps = logps
+
+        def of(self, prompt_id):
+            return {"a": {"logps": self.logps}}[prompt_id]
+
+    def tree_of(alpha, logps):
+        tree = data.make_tree(row, alpha)
+        data.add_reference([tree], Reference(logps))
+        return tree, list(map(list, tree.responses))
+    tree, responses = tree_of(0.3, [-1.0, None, -3.0, -4.0])
+    assert (responses, tree.candidate_indices) == ([[10], [12], [13]], [0, 2, 3])
     assert (tree.chosen, tree.rejected, tree.sampled) == (2, 0, [1, 2])
     assert tree.ref_logps == [-1.0, -3.0, -4.0] and tree.size == (5, 3, 3)
-    tree = data.make_tree(row, 0.0, [-1.0, None, None, -4.0])
-    assert (tree.responses, tree.chosen, tree.rejected, tree.sampled) == ([[10], [13]], 1, 0, [])
+    tree, responses = tree_of(0.0, [-1.0, None, None, -4.0])
+    assert (responses, tree.chosen, tree.rejected, tree.sampled) == ([[10], [13]], 1, 0, [])
     assert tree.ref_logps == [-1.0, -4.0]

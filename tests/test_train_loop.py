@@ -278,17 +278,6 @@ def test_a_hub_data_set_is_read_by_its_two_splits(command, tmp_path, monkeypatch
 # ----------------------------------------------------------------------------------------------
 
 
-class TrainingSet:
-    """Trees that are in memory already."""
-    s = SimpleNamespace(plain_rows=False)
-
-    def __init__(self, trees):
-        self.all = trees
-
-    def trees(self, micro_batch):
-        return [self.all[i] for i in micro_batch]
-
-
 def ready_trees(policy):
     trees = make_trees(3, ((5, (4, 7)), (3, (6, 2, 9)), (11, (1, 3)),
                            (4, (4, 4)), (2, (8, 3)), (6, (5, 2))))
@@ -302,9 +291,9 @@ def ready_trees(policy):
 def one_gradient(policy, trees, budget=10**6, alpha=0.3, beta=0.5, loss="dpo"):
     """(metrics, farthest, micro-batches) of one update on all trees; the gradient stays in .grad."""
     batching = SimpleNamespace(batch_size=6, tokens_per_forward=budget, plain_rows=False)
-    [batch] = data.plan_updates([tree.size for tree in trees], batching, seed=0)
+    [batch] = data.plan_updates(trees, batching, seed=0)
     loss = functools.partial(selm.selm_loss, alpha=alpha, beta=beta, loss=loss)
-    return *train_loop.gradient(policy, TrainingSet(trees), batch, loss), len(batch.micro_batches)
+    return *train_loop.gradient(policy, batch, False, loss), len(batch.micro_batches)
 
 
 def test_accumulated_micro_batches_equal_one_full_batch():
@@ -502,7 +491,7 @@ def test_the_samplers_limit_is_what_the_prompt_leaves(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "load_frozen", lambda *args: None)
     texts = ["hi", "hello there how are you the cat sat on the mat", "the cat"]
     records = [{"prompt_id": t, "prompt": [{"role": "user", "content": t}]} for t in texts]
-    list(train_loop.sample_responses(records, "policy", start, s))
+    list(train_loop.sample_responses(records, "policy", start, s, 1))
     assert asked and all(limit == min(9, 20 - length) for length, limit in asked.items())
     assert max(asked) == 12
 
@@ -523,7 +512,7 @@ def test_prompts_and_iterations_have_random_streams_of_their_own(tmp_path, monke
         s = SimpleNamespace(max_prompt_length=12, max_length=20, max_new_tokens=9, slots=2,
                             top_p=1.0, responses_per_prompt=2, temperature=1.0, seed=seed,
                             iteration=iteration, compute=None)
-        list(train_loop.sample_responses(records, "policy", start, s))
+        list(train_loop.sample_responses(records, "policy", start, s, iteration))
     assert len(set(seeds[:18])) == 18 and seeds[18:] == seeds[:6]
 
 

@@ -221,22 +221,11 @@ def load_lm(settings, attention):
 # ----------------------------------------------------------------------------------------------
 
 
-class TrainingSet:
-    """Stands in for train_loop.TrainingSet: trees that are in memory already."""
-    s = Namespace(plain_rows=False)
-
-    def __init__(self, trees):
-        self.all = trees
-
-    def trees(self, micro_batch):
-        return [self.all[i] for i in micro_batch]
-
-
 def plan(trees, settings):
     """The one batch of these trees, in micro-batches."""
     import data
     s = Namespace(batch_size=len(trees), tokens_per_forward=settings["tokens"], plain_rows=False)
-    return data.plan_updates([tree.size for tree in trees], s, seed=0)[0]
+    return data.plan_updates(trees, s, seed=0)[0]
 
 
 def our_gradient(policy, trees, settings):
@@ -244,7 +233,7 @@ def our_gradient(policy, trees, settings):
     import selm
     import train_loop
     loss = functools.partial(selm.selm_loss, alpha=settings["alpha"], beta=BETA)
-    return train_loop.gradient(policy, TrainingSet(trees), plan(trees, settings), loss)[0]
+    return train_loop.gradient(policy, plan(trees, settings), False, loss)[0]
 
 
 def worker_step_textbook(settings):
@@ -278,8 +267,7 @@ def worker_step_ours(settings):
     for trees in batches:
         start = time.perf_counter()
         with torch.no_grad():
-            for micro_batch in plan(trees, settings).micro_batches:
-                part = [trees[i] for i in micro_batch]
+            for part in plan(trees, settings).micro_batches:
                 logps = train_loop.forward(policy, part, False)
                 for tree, own in zip(part, logps.split([len(t.responses) for t in part])):
                     tree.ref_logps = own.tolist()
@@ -758,6 +746,7 @@ def part_load(common, quick):
 def worker_data(settings):
     """Sampling and ranking by stubs, and the plan of the updates, files and all, on the real rows
     repeated (each prompt with a number of its own)."""
+    import data
     import train_loop
     from harness.inputs import preferences
     from harness.judging import evaluation
@@ -777,12 +766,12 @@ def worker_data(settings):
         peaks[name] = resident_kib() / 2**20
         return result
     samples = timed("sample", lambda: run.rows(
-        here / "samples.jsonl", train_loop.sample_responses, records, str(folder), start, s))
+        here / "samples.jsonl", train_loop.sample_responses, records, str(folder), start, s, 1))
     pairs = timed("rank", lambda: run.rows(
         here / "pairs.jsonl", train_loop.rank_candidates, records, [samples], start, s))
     timed("count", lambda: evaluation.ranking(pairs, s.max_new_tokens))
-    training_set = train_loop.TrainingSet(pairs, str(folder), s)
-    timed("plan", lambda: training_set.epochs)
+    trees = timed("trees", lambda: data.read_trees(pairs, s.alpha))
+    timed("plan", lambda: train_loop.epoch_of(trees, s, 0))
     mib = sum(f.stat().st_size for f in here.iterdir()) / 2**20
     shutil.rmtree(run.path)
     return {"rows": len(records), "seconds": seconds, "files_mib": round(mib),

@@ -268,13 +268,13 @@ def train(s, prompts, look=lambda policy: None):
                       rejected=1, sampled=[2], candidates=[dict(ids=[4 + i + j] * response)
                                                            for j in range(3)])
                  for i in range(prompts))
-    training_set = train_loop.TrainingSet(pairs, s.model, s)
-    training_set.reference = Rows(train_loop.reference_logps(pairs, training_set))
+    trees = data.read_trees(pairs, s.alpha)
+    data.add_reference(trees, Rows(train_loop.reference_logps(pairs, trees, s.model, s)))
     weights.save_policy = lambda policy, *_: look(policy)
-    train_loop.train(Path(s.model) / "policy", s.model, training_set,
-                     SimpleNamespace(tokenizer=None, stop_ids=()), Mock())
+    train_loop.train(Path(s.model) / "policy", s.model, trees, s.model,
+                     SimpleNamespace(tokenizer=None, stop_ids=()), Mock(), s)
     distributed.stop()
-    return sum(size.tokens for _, size in training_set.usable) * s.epochs
+    return sum(tree.size.tokens for tree in trees) * s.epochs
 
 
 def answer(s, count):

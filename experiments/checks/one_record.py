@@ -24,7 +24,7 @@ import selm  # noqa: E402
 import train_loop  # noqa: E402
 from harness.inputs import preferences, toy  # noqa: E402
 from harness.inputs.chat_template import ChatFormat  # noqa: E402
-from harness.runs.run_folder import write_jsonl, write_text  # noqa: E402
+from harness.runs.output_files import write_jsonl, write_text  # noqa: E402
 from harness.runs.settings import RECIPES  # noqa: E402
 from model import Policy  # noqa: E402
 

@@ -37,7 +37,7 @@ from harness.inputs import chat_template, preferences  # noqa: E402
 from harness.judging.evaluation import mean_interval  # noqa: E402
 from harness.models import weights  # noqa: E402
 from harness.runs import report  # noqa: E402
-from harness.runs.run_folder import write_text  # noqa: E402
+from harness.runs.output_files import write_text  # noqa: E402
 
 REAL_DATA = ROOT.parent / "shared" / "data" / "prefs_real.jsonl"
 SEEDS = range(5)

@@ -34,9 +34,10 @@ from harness.inputs.chat_template import HALF
 READ = "samples_from.sha256"  # in iter_K: the checksum of FILE, while its rows are being used
 
 
-def samples(records, policy, start, s):
+def samples(records, policy, start, s, stream_name=None):
     """The rows of samples.jsonl, as train_loop.sample_responses yields them. ValueError names what
-    is missing or wrong, and what to do about it, before the first of them."""
+    is missing or wrong, and what to do about it, before the first of them. stream_name: of our own
+    sampler's random numbers, not used."""
     source, chat = file_of(s, s.iteration), start.chat
     here = start.run.path / f"iter_{s.iteration}"
     only_first(ask_for, source, policy, start, s)

@@ -31,9 +31,12 @@ from model import Policy
 # ----------------------------------------------------------------------------------------------
 
 
-def load_policy(path, compute):
-    """To train: fp32 master weights; several processes, or --offload, share them out (FSDP2)."""
+@functools.lru_cache(maxsize=1)  # the reference pass and the training after it share one
+def load_policy(path, compute, seed=0):
+    """To train: fp32 master weights; several processes, or --offload, share them out (FSDP2).
+    seed: of what is drawn, LoRA's random half."""
     load_frozen.cache_clear()  # its memory is needed
+    torch.manual_seed(seed)
     sharded = collect_cycles(compute)
 
     def load():
