@@ -1,11 +1,11 @@
-"""Many processes that act as one: who am I, gather, agree; FSDP2, LoRA, checkpoints.
+"""Many processes that act as one: broadcast, gather, agree; FSDP2, LoRA, checkpoints.
 
-torchrun starts PROCESSES copies of the command; each one works on its share, `items[PROCESS::
-PROCESSES]`, of every list. Whatever decides what happens next (does a file exist? is a number
-finite?) must be answered once and told to all, or one process goes on while the others wait for it
-for ever. With a single process every function here returns at once.
+torchrun starts PROCESSES copies of the command. Each one works on its share of every list,
+`items[PROCESS::PROCESSES]`. A question that decides what happens next (does a file exist? is a
+number finite?) must have one answer for all processes. Otherwise one process continues and the
+others wait for it for ever. With a single process every function here returns at once.
 
-The ground of the harness: imports nothing local; what it shards or checkpoints is handed to it.
+Imports no other file of the project: callers pass in what is sharded or saved.
 Test: pytest tests/test_distributed.py.
 """
 
@@ -30,10 +30,9 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 
-
 def _whole_number(name, default, least):
-    """What torchrun has put into the environment. A line and exit code 1 for anything else: this is
-    read while modules load, where nobody catches an error yet."""
+    """A number that torchrun has set in the environment. Anything else ends the command with one
+    line and exit code 1: it is read while modules load, where nothing catches an error yet."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch("[0-9]{1,6}", text, re.ASCII) or int(text) < least:
         sys.exit(f"error: the environment variable {name} is {text!r}; torchrun sets it to a whole "
@@ -46,8 +45,8 @@ PROCESS = _whole_number("RANK", 0, 0)
 if PROCESS >= PROCESSES:
     sys.exit(f"error: the environment variable RANK is {PROCESS}, and WORLD_SIZE {PROCESSES}: RANK "
              "must be below it. Without torchrun, unset both")
-COMING = timedelta(minutes=5)  # for all processes to be there
-PATIENCE = timedelta(hours=6)  # from then on: a judge or a disk may be slow while the others wait
+COMING = timedelta(minutes=5)  # for all processes to join
+PATIENCE = timedelta(hours=6)  # afterwards: a judge or a disk may be slow while the others wait
 FILE = 2**30  # bytes of a checkpoint's file, about
 
 # ----------------------------------------------------------------------------------------------
@@ -56,7 +55,7 @@ FILE = 2**30  # bytes of a checkpoint's file, about
 
 
 def start(device):
-    """Joins the other processes; device: "cpu" or "cuda". ValueError where one does not come."""
+    """Joins the other processes; device: "cpu" or "cuda". ValueError if one does not join."""
     if PROCESSES == 1:
         return
     with suppress(AttributeError, OSError):  # Linux only: PR_SET_PDEATHSIG
@@ -69,8 +68,8 @@ def start(device):
 
 
 def _meet():
-    """torchrun's store, once all processes have come to it. Were they to meet no earlier than in
-    init_process_group, one that never comes would be waited for as long as a slow judge."""
+    """torchrun's store, after all processes have connected to it. init_process_group alone would
+    wait for a process that never comes as long as for a slow judge."""
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=COMING))
         store.set(f"process {PROCESS}", "is here")
@@ -86,8 +85,9 @@ def _backend(device):
 
 
 def stop():
-    """Leaves the other processes. What FSDP has left in cycles holds threads of the process group;
-    alive at the interpreter's end, they would now and then abort a run that has succeeded."""
+    """Leaves the other processes. FSDP leaves objects in cycles that hold threads of the process
+    group. If these threads lived until the interpreter ends, they could abort a run that has
+    succeeded."""
     if dist.is_initialized():
         gc.collect()
         dist.barrier()
@@ -96,7 +96,7 @@ def stop():
 
 
 def say(text):
-    """Prints a line without breaking a progress bar; only one process speaks."""
+    """Process 0 prints a line, without breaking a progress bar."""
     if PROCESS == 0:
         tqdm.write(text, file=sys.stdout)
 
@@ -121,14 +121,14 @@ def broadcast(answer):
 
 
 def raise_everywhere(failure):
-    """One process's error (None: it has none) is an error of all, before anybody waits for it."""
+    """An error of one process (None: it has none) is raised by all, so that none waits for it."""
     failures = [error for error in gather(failure) if error]
     if failures:
         raise failure or failures[0]
 
 
 def only_first(action, *args):
-    """Process 0 acts, the others wait; an error of it is an error of all. Returns its result."""
+    """Process 0 calls action(*args), the others wait. All return its result, or raise its error."""
     result = failure = None
     if PROCESS == 0:
         try:
@@ -225,17 +225,18 @@ def all_finite(parameters):
 
 
 def save_checkpoint(folder, policy, optimizer, history):
-    """Everything that training needs to go on after an update; replaces the folder's siblings.
+    """Saves what training needs to resume after an update; replaces the folder's siblings.
 
-    The folder appears whole. All processes call this together and each writes its own shards, as
-    safetensors: nothing in a checkpoint can run code when it is read, as a pickle could. Any number
-    of processes can read it. history: what the caller wants back, as JSON. Errors: OSError.
+    The folder appears whole. All processes call this together, and each writes its own shards as
+    safetensors: unlike a pickle, these can run no code when they are loaded. Any number of
+    processes can load them. history: what the caller wants back, as JSON. Errors: OSError.
     """
     from torch.distributed import checkpoint
     folder, temporary, failure = Path(folder), Path(f"{folder}.tmp"), None
     only_first(shutil.rmtree, temporary, True)
     state = _state(policy, optimizer)
-    # The writer makes a file's bytes before it writes them: of one file for all, all of them.
+    # The writer makes all bytes of a file before it writes them, so that one file would take as
+    # much memory as the whole checkpoint.
     sizes = itertools.accumulate(value.numel() * value.element_size() for value in state.values())
     files = {name: 1 + size // FILE for name, size in zip(state, sizes)}
     try:
@@ -267,7 +268,7 @@ def save_checkpoint(folder, policy, optimizer, history):
 
 
 def try_checkpoint(folder, policy, optimizer, history):
-    """The same, where a failure is no reason to lose the training."""
+    """The same, but an error is only a warning: the training continues without a checkpoint."""
     try:
         save_checkpoint(folder, policy, optimizer, history)
     except OSError as error:
@@ -275,10 +276,8 @@ def try_checkpoint(folder, policy, optimizer, history):
 
 
 def load_checkpoint(folder, policy, optimizer):
-    """Puts a checkpoint's state into policy and optimiser, in place -> its history.
-
-    Errors: ValueError if it cannot be read.
-    """
+    """Loads a checkpoint into policy and optimiser, in place -> its history. ValueError if it
+    cannot be read."""
     from torch.distributed import checkpoint
     try:
         saved = unseal((Path(folder) / "history.json").read_bytes())
@@ -294,7 +293,7 @@ def load_checkpoint(folder, policy, optimizer):
 
 
 def newest_checkpoint(folder):
-    """The last whole one, or None; the same answer on all processes."""
+    """The last one, or None; the same answer on all processes."""
     return broadcast(max(Path(folder).glob("*[0-9]"), default=None))
 
 
@@ -340,7 +339,7 @@ def _digest(row):
 
 
 def flush(path):
-    """Waits until a written file is on the disk itself."""
+    """Waits until a written file is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

@@ -317,7 +317,7 @@ def digest_of(rows):
 
 def read_groups(folder, record):
     """(group -> its rows in metrics.jsonl, the groups that differ from the record's digests). A
-    group without a digest is not finished: its training goes on, or was killed."""
+    group without a digest belongs to a training that still runs, or was killed."""
     path, groups, known = folder / METRICS, {}, record.get(METRICS)
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
