@@ -348,7 +348,7 @@ MUTANTS = [
      "os.fspath(folder).encode()", "pass", "tests/test_run_folder.py"),
 
     # --- model.py: the packed forward pass ------------------------------------------------------
-    ("a response sees what follows", "model.py", "causal_lower_right if window is None",
+    ("a response sees what follows", "model.py", "kernels.causal_bias if window is None",
      "(lambda n, m: None) if window is None", MODEL),
     ("a sliding window is ignored", "model.py",
      "window = sliding_window if sliding_window and sliding_window < tree_layout.longest else None",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MistralConfig
+from transformers import GPT2Config, MistralConfig
 
 import memory_worker
 import train_loop
@@ -123,6 +123,17 @@ def test_lora_trains_its_adapters_alone(tmp_path):
     adapters = 8 * 4 * sum(a + b for a, b in [(256, 256), (256, 64), (256, 64), (256, 256),
                                                (256, 896), (256, 896), (896, 256)])
     assert [p.weights, p.gradient, p.optimiser] == [4 * (n + adapters), 4 * adapters, 8 * adapters]
+
+
+def test_a_judge_of_any_architecture_is_counted(tmp_path):
+    """GPT-2 takes past_key_values second, where others take the mask; a path with a colon."""
+    folder = tmp_path / "a:b"
+    GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=500, bos_token_id=1, eos_token_id=1
+               ).save_pretrained(folder)
+    held, at_work = memory.judging(f"reward:{folder}", "cpu")
+    block = 12 * 64**2 + 13 * 64
+    assert held == pytest.approx(4 * ((500 + 1024) * 64 + 2 * block + 4 * 64), rel=0.01, abs=2**20)
+    assert at_work > 8 * 2048 * 64 and memory.judging("judge.py:f", "cpu") == (0, 0)
 
 
 def test_checkpointing_and_shorter_micro_batches_need_less(tmp_path):

@@ -28,7 +28,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -39,10 +38,10 @@ from torch.utils._pytree import tree_leaves
 import data
 import model as policies
 import sample
-import selm
+from harness.judging.judges import parse_spec
 from harness.models import distributed, weights
-from harness.runs.exits import one_line
 from harness.models.distributed import PROCESSES, say
+from harness.runs.exits import one_line
 
 CARDS, ROOM = (24, 48, 80, 141), 0.92  # GB of the usual cards; the share that a run may fill
 # glibc's heap keeps holes between blocks: 4 to 11 % of what is alive in runs on a CPU. (With LoRA
@@ -90,27 +89,28 @@ class Live(TorchDispatchMode):
 
 
 @contextmanager
-def counting(device):
-    """Fake tensors, counted. They are on the CPU, for torch without CUDA has no others; where our
-    code takes another way on a GPU, so do they: no mask beside attention, no fp32 copies of bf16
-    matrices."""
-    gpu, live = device == "cuda", Live()
-    bias = causal_upper_left if gpu else policies.causal_lower_right
-    takes_groups = policies._takes_groups
+def counting():
+    """Within it, new tensors are fake, and `Live` counts them."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
+        yield live
 
-    def made_outside(*size):  # a tensor subclass of its own, which could not be made a fake
-        with _disable_current_modes():
-            return bias(*size)
+
+def kernels_for(device):
+    """model.Kernels for fake tensors. These are always on the CPU, because torch without CUDA has
+    no others. For a GPU there is no mask beside attention, and bf16 matrices get no fp32 copies."""
+    gpu, real = device == "cuda", policies.Policy.kernels
+    bias = causal_upper_left if gpu else real.causal_bias
+
+    def causal_bias(n, m):
+        with _disable_current_modes():  # torch cannot make a fake of this tensor class
+            return bias(n, m)
+
+    def takes_groups(cuda, dtype, window):
+        return real.takes_groups(gpu, dtype, window)
 
     def matmul_fp32(a, b, out=None):
         return a.new_empty(len(a), b.shape[1], dtype=torch.float32) if out is None else out
-
-    with (mock.patch.object(policies, "causal_lower_right", made_outside),
-          mock.patch.object(policies, "_takes_groups",
-                            lambda _, dtype, window: takes_groups(gpu, dtype, window)),
-          mock.patch.object(selm, "_matmul_fp32", matmul_fp32 if gpu else selm._matmul_fp32),
-          FakeTensorMode(allow_non_fake_inputs=True), live):
-        yield live
+    return policies.Kernels(causal_bias, takes_groups, matmul_fp32 if gpu else real.matmul_fp32)
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,13 @@ def passes(path, compute, shape, sharded):
     """Passes of one micro-batch. shape: how many trees, tokens of a prompt, [tokens of a response].
     sharded: weights come in the compute dtype (FSDP2); else autocast makes copies of them."""
     dtype = torch.bfloat16 if compute.dtype == "bf16" else torch.float32
-    with counting(compute.device) as live:
-        model = weights.empty_model(path, compute.attention, dtype if sharded else torch.float32)
-        if compute.lora_rank:
-            with mock.patch.object(torch.nn.Module, "to", lambda self, *_, **__: self):
-                model = distributed.add_lora(model, compute.lora_rank)  # no fake parameter can be moved
+    with counting() as live:
+        stored = dtype if sharded else torch.float32
+        model = (model_with_lora(path, compute, stored) if compute.lora_rank else
+                 weights.empty_model(path, compute.attention, stored))
         policy = policies.Policy(model, compute.gradient_checkpointing,
                                  dtype if compute.dtype == "bf16" else None)
+        policy.kernels = kernels_for(compute.device)
         parameters = list(policy.parameters())
         for p in parameters:  # micro-batches after an update's first find a gradient there
             p.grad = torch.empty_like(p) if p.requires_grad else None
@@ -151,6 +151,17 @@ def passes(path, compute, shape, sharded):
     layers = [count(layer.parameters()) for layer in policy.layers]
     return Passes(tuple((p.numel(), p.requires_grad) for p in parameters), max(layers),
                   count(parameters) - sum(layers), live.peak - before, forward)
+
+
+def model_with_lora(path, compute, dtype):
+    """peft moves modules between devices, which fake parameters do not allow. So the model is made
+    on the meta device, and its tensors become fake ones afterwards."""
+    with _disable_current_modes(), torch.device("meta"):
+        model = weights.empty_model(path, compute.attention, dtype)
+        model = distributed.add_lora(model, compute.lora_rank)
+    model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype))  # to_empty would not make fakes
+    model.get_base_model().tie_weights()
+    return model
 
 
 def trees_of(count, prompt, responses):
@@ -170,7 +181,7 @@ def sampling(path, compute, lengths, slots):
     """SamplingNeeds. lengths: tokens of a prompt, of prompt + response."""
     dtype = torch.bfloat16 if compute.dtype == "bf16" else torch.float32
     prompt, longest = lengths
-    with counting(compute.device) as live, torch.no_grad():
+    with counting() as live, torch.no_grad():
         model = weights.empty_model(path, compute.attention, dtype)
         cache = sample.SlotCache(slots, sample.context_length(model.config))
         kept = live.peak = live.now
@@ -187,10 +198,10 @@ def sampling(path, compute, lengths, slots):
 
 @functools.cache
 def judging(ranker, device):
-    """(bytes of its weights, of a forward pass of 8192 tokens) of PairRM or a reward model; others:
-    0. PairRM is a DeBERTa-v3-large, so its shape need not be fetched."""
+    """(bytes of its weights, of a forward pass of 8192 tokens) for PairRM or a reward model, and
+    (0, 0) for other judges. PairRM is a DeBERTa-v3-large, so its config.json is not needed."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, DebertaV2Config
-    kind, _, name = ranker.partition(":")
+    kind, path, _ = parse_spec(ranker)
     if kind not in ("pairrm", "reward"):
         return 0, 0
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -201,12 +212,12 @@ def judging(ranker, device):
             max_relative_positions=-1, pos_att_type=["p2c", "c2p"], share_att_key=True,
             norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0)
     else:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    with counting(device) as live, torch.no_grad():
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with counting() as live, torch.no_grad():
         model = AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
         kept = live.peak = live.now
         ids = torch.full((4, 2048) if config.pad_token_id is not None else (1, 2048), 3)
-        model(ids, torch.ones_like(ids))
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return kept, live.peak - kept
 
 
