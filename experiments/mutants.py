@@ -295,9 +295,9 @@ MUTANTS = [
     ("--offload is turned on where the host is too small for it", "harness/models/memory.py",
      "if chosen.offload and host > host_memory():", "if False:", "tests/test_memory.py"
      "::test_offload_is_turned_on_where_it_alone_makes_a_gpu_large_enough"),
-    ("weights that stay whole under --offload are planned twice", "harness/models/memory.py",
+    ("weights that stay whole under --offload are counted twice", "harness/models/memory.py",
      "layers * (not whole)", "layers", "tests/test_memory.py"
-     "::test_the_plan_for_offload_is_what_the_device_holds_within_15_percent"),
+     "::test_the_estimate_for_offload_is_what_the_device_holds_within_15_percent"),
     ("an output takes the place of a link", "harness/runs/run_folder.py",
      "path = os.path.realpath(path)", "pass", "tests/test_files.py"),
     ("an output takes the place of a pipe or a device", "harness/runs/run_folder.py",
