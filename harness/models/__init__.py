@@ -1,1 +1,1 @@
-"""Models on disk and in memory: weights, what an architecture can do, processes, the memory plan."""
+"""Models: weights on disk, what an architecture allows, processes, the memory estimate."""

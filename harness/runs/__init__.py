@@ -1,0 +1,1 @@
+"""A run: settings, checks before it, its folder, exits, trackers, report, figures, commands."""
