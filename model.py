@@ -13,13 +13,13 @@ The model itself is transformers' own, unmodified. This file changes what happen
   - A policy is never in training mode. DPO compares two passes over the same text. Dropout or a
     router's noise would make them differ without any update.
 
-Some architectures cannot be packed. harness/models/compatibility.py compares our numbers with the model's
-own before a run. With --plain-rows, transformers does everything (mask, positions, attention,
-head).
+Some architectures cannot be packed. harness/models/compatibility.py compares our numbers with the
+model's own before a run. With --plain-rows, transformers does everything (mask, positions,
+attention, head).
 
 Replaces textbook.py's `logps` and its deep-copied reference. Leaves the loss to selm.py, the
-optimiser to train_loop.py, generation to sample.py, loading and saving to harness/models/weights.py,
-processes and LoRA to harness/models/distributed.py.
+optimiser to train_loop.py, generation to sample.py, loading and saving to
+harness/models/weights.py, processes and LoRA to harness/models/distributed.py.
 Test: pytest tests/test_model.py tests/test_compatibility.py.    Read next: sample.py.
 
 Legend: R responses, T tokens of a micro-batch, N response tokens, V vocabulary, H hidden size,
@@ -74,7 +74,7 @@ class Policy(nn.Module):
     def __init__(self, model, checkpointing=False, autocast_dtype=None, compile=None):
         super().__init__()
         self.model, self.autocast_dtype = model.eval(), autocast_dtype
-        self.device = next(model.parameters()).device  # scale.shard: weights may lie elsewhere
+        self.device = next(model.parameters()).device  # distributed.shard: weights may be elsewhere
         for layer in self.layers:
             if compile:
                 # tree_attention breaks dynamo's graph. Inside a checkpoint dynamo cannot resume
