@@ -13,13 +13,13 @@ The model itself is transformers' own, unmodified. This file changes what happen
   - A policy is never in training mode. DPO compares two passes over the same text. Dropout or a
     router's noise would make them differ without any update.
 
-Some architectures cannot be packed. harness/models/compatibility.py compares our numbers with the model's
-own before a run. With --plain-rows, transformers does everything (mask, positions, attention,
-head).
+Some architectures cannot be packed. harness/models/compatibility.py compares our numbers with the
+model's own before a run. With --plain-rows, transformers does everything (mask, positions,
+attention, head).
 
 Replaces textbook.py's `logps` and its deep-copied reference. Leaves the loss to selm.py, the
-optimiser to train_loop.py, generation to sample.py, loading and saving to harness/models/weights.py,
-processes and LoRA to harness/models/distributed.py.
+optimiser to train_loop.py, generation to sample.py, loading and saving to
+harness/models/weights.py, processes and LoRA to harness/models/distributed.py.
 Test: pytest tests/test_model.py tests/test_compatibility.py.    Read next: sample.py.
 
 Legend: R responses, T tokens of a micro-batch, N response tokens, V vocabulary, H hidden size,
@@ -28,6 +28,7 @@ A attention heads, D size of one head.
 
 from contextlib import nullcontext
 from functools import partial
+from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
@@ -45,6 +46,21 @@ import selm
 # ----------------------------------------------------------------------------------------------
 
 
+def takes_groups(cuda, dtype, window):
+    """Whether a kernel takes fewer key heads than query heads without storing all (A, n, m) scores.
+    On CUDA only flash attention does, and it takes neither masks (see transformers'
+    sdpa_attention.py) nor fp32. Not measured here."""
+    return not cuda or window is None and dtype != torch.float32
+
+
+class Kernels(NamedTuple):
+    """What a GPU computes in another way than a CPU. harness/models/memory.py counts the memory of
+    a GPU that is not here, and replaces these by functions for tensors without content."""
+    causal_bias: Callable = causal_lower_right  # (n, m) -> bias: the last n of m see all before
+    takes_groups: Callable = takes_groups
+    matmul_fp32: Callable = selm.matmul_fp32
+
+
 class Policy(nn.Module):
     """A causal LM as pi(y|x): micro-batch in, one log-prob per response out.
 
@@ -53,10 +69,12 @@ class Policy(nn.Module):
     backend ("inductor") for each layer, or None.
     """
 
+    kernels = Kernels()
+
     def __init__(self, model, checkpointing=False, autocast_dtype=None, compile=None):
         super().__init__()
         self.model, self.autocast_dtype = model.eval(), autocast_dtype
-        self.device = next(model.parameters()).device  # scale.shard: weights may lie elsewhere
+        self.device = next(model.parameters()).device  # distributed.shard: weights may be elsewhere
         for layer in self.layers:
             if compile:
                 # tree_attention breaks dynamo's graph. Inside a checkpoint dynamo cannot resume
@@ -91,7 +109,7 @@ class Policy(nn.Module):
         return selm.response_logps(token_logps, batch.response_index, batch.responses)  # (R,)
 
     def _packed_token_logps(self, batch):
-        layout = TreeLayout(batch.layout)
+        layout = TreeLayout(batch.layout, self.kernels)
         # transformers builds no mask if it gets a 4-D one. tree_attention does not read this one.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
         hidden = self.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids,
@@ -103,7 +121,8 @@ class Policy(nn.Module):
         head = self.causal_lm.get_output_embeddings()
         config = self.causal_lm.config.get_text_config()
         return selm.token_logps(hidden, head.weight, batch.targets, head.bias,
-                                softcap=getattr(config, "final_logit_softcapping", None))  # (N,)
+                                softcap=getattr(config, "final_logit_softcapping", None),
+                                matmul=self.kernels.matmul_fp32)  # (N,)
 
     def _plain_token_logps(self, batch):
         """--plain-rows: from the model's own logits, whatever its head does to them.
@@ -136,12 +155,12 @@ def _row_logps(lm_logits, position, targets):
 class TreeLayout:
     """The lengths of a packed line's trees. transformers' layers pass it on to the attention.
 
-    trees: (prompt length, [response lengths]) of each, in order and without gaps. calls: the number
-    of layers that have used it.
+    trees: (prompt length, [response lengths]) of each, in order and without gaps. kernels: those of
+    the policy. calls: the number of layers that have used it.
     """
 
-    def __init__(self, trees):
-        self.trees, self.calls = trees, 0
+    def __init__(self, trees, kernels):
+        self.trees, self.kernels, self.calls = trees, kernels, 0
         self.segment_lengths = [n for p, responses in trees for n in (p, *responses)]
         self.longest = max(p + max(responses) for p, responses in trees)
 
@@ -159,12 +178,14 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
                                       sliding_window=sliding_window, **kwargs)
     tree_layout.calls += 1
+    kernels = tree_layout.kernels
     window = sliding_window if sliding_window and sliding_window < tree_layout.longest else None
 
     def attend(q, k, v):
         """The last n of m tokens attend causally to all m: -> (1, n, A, D)."""
-        mask = (causal_lower_right if window is None else partial(_causal_window, window, q.device))
-        if not _takes_groups(q.is_cuda, q.dtype, window):
+        mask = (kernels.causal_bias if window is None else
+                partial(_causal_window, window, q.device))
+        if not kernels.takes_groups(q.is_cuda, q.dtype, window):
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q.shape[2], k.shape[2]),
                                               scale=scaling, enable_gqa=True).transpose(1, 2)
@@ -181,13 +202,6 @@ def tree_attention(module, query, key, value, attention_mask, tree_layout=None, 
             q, k, v = next(pieces)
             outputs.append(attend(q, torch.cat((prompt_k, k), 2), torch.cat((prompt_v, v), 2)))
     return torch.cat(outputs, dim=1), None  # (1, T, A, D)
-
-
-def _takes_groups(cuda, dtype, window):
-    """Whether a kernel takes fewer key heads than query heads without storing all (A, n, m) scores.
-    On CUDA only flash attention does, and it takes neither masks (see transformers'
-    sdpa_attention.py) nor fp32. Not measured here."""
-    return not cuda or window is None and dtype != torch.float32
 
 
 def _causal_window(window, device, n, m):

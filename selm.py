@@ -66,7 +66,17 @@ def textbook_token_logps(hidden, weight, targets, bias=None, softcap=None):
     return lm_logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)  # (N,)
 
 
-def token_logps(hidden, weight, targets, bias=None, softcap=None, chunk_tokens=512):
+def matmul_fp32(a, b, out=None):
+    """a @ b with products summed and returned in fp32, also for bf16 inputs (fp64 stays fp64)."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)  # only CUDA has out_dtype
+    return torch.mm(a.float(), b.float(), out=out)
+
+
+def token_logps(hidden, weight, targets, bias=None, softcap=None, chunk_tokens=512,
+                matmul=matmul_fp32):
     """log softmax(hidden @ weight.T + bias)[n, targets[n]] for every n, without the (N, V) logits.
 
     Forward computes log p = logit[target] - logsumexp, one chunk of rows at a time. Backward needs
@@ -75,6 +85,7 @@ def token_logps(hidden, weight, targets, bias=None, softcap=None, chunk_tokens=5
 
     hidden (N, H), weight (V, H), targets (N,) int64, bias (V,) or None; softcap: Gemma's
     cap * tanh(logits / cap), or None. Returns (N,) in fp32 (fp64 for fp64 inputs).
+    matmul: another one only counts memory (harness/models/memory.py).
     Trap: `hidden[n]` must be the state that PREDICTS targets[n], which is that of the token before.
     The caller makes this shift by one; forgetting it is the classic bug.
     Under autocast the matmuls take inputs of the autocast dtype and sum in fp32, but the gradient
@@ -87,16 +98,8 @@ def token_logps(hidden, weight, targets, bias=None, softcap=None, chunk_tokens=5
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     compute_dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    return _TokenLogps.apply(hidden, weight, bias, targets, softcap, compute_dtype, chunk_tokens)
-
-
-def _matmul_fp32(a, b, out=None):
-    """a @ b with products summed and returned in fp32, also for bf16 inputs (fp64 stays fp64)."""
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)  # only CUDA has out_dtype
-    return torch.mm(a.float(), b.float(), out=out)
+    return _TokenLogps.apply(hidden, weight, bias, targets, softcap, compute_dtype, chunk_tokens,
+                             matmul)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -109,9 +112,9 @@ class _TokenLogps(torch.autograd.Function):
         return hidden.new_empty(len(weight), min(len(hidden), chunk_tokens), dtype=dtype)
 
     @staticmethod
-    def _lm_logits(hidden_chunk, weight, bias, softcap, buffer):
+    def _lm_logits(hidden_chunk, weight, bias, softcap, buffer, matmul):
         # hidden @ weight.T, (chunk, V), as the transpose of its transpose: 4 to 7 % less time.
-        lm_logits = _matmul_fp32(weight, hidden_chunk.t(), out=buffer[:, :len(hidden_chunk)]).t()
+        lm_logits = matmul(weight, hidden_chunk.t(), out=buffer[:, :len(hidden_chunk)]).t()
         if bias is not None:
             lm_logits += bias
         if softcap is not None:
@@ -119,7 +122,7 @@ class _TokenLogps(torch.autograd.Function):
         return lm_logits
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, softcap, compute_dtype, chunk_tokens):
+    def forward(ctx, hidden, weight, bias, targets, softcap, compute_dtype, chunk_tokens, matmul):
         # Autocast would round the fp32 logits to bf16.
         with torch.autocast(hidden.device.type, enabled=False):
             compute_weight = weight.to(compute_dtype)
@@ -128,19 +131,19 @@ class _TokenLogps(torch.autograd.Function):
             for start in range(0, len(hidden), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 lm_logits = _TokenLogps._lm_logits(
-                    hidden[rows].to(compute_dtype), compute_weight, bias, softcap, buffer)
+                    hidden[rows].to(compute_dtype), compute_weight, bias, softcap, buffer, matmul)
                 target_logits[rows] = lm_logits.gather(1, targets[rows, None])
                 largest[rows] = lm_logits.amax(1, keepdim=True)  # logsumexp in place
                 exp_sum[rows] = lm_logits.sub_(largest[rows]).exp_().sum(1, keepdim=True)
         ctx.save_for_backward(hidden, weight, bias, targets, largest, exp_sum)
-        ctx.settings = softcap, compute_dtype, chunk_tokens
+        ctx.settings = softcap, compute_dtype, chunk_tokens, matmul
         return (target_logits - (exp_sum.log() + largest)).squeeze(1)
 
     @staticmethod
     def backward(ctx, grad_logps):
         """d logp[n] / d logits[n] = onehot(target) - softmax(logits[n]); then two matmuls."""
         hidden, weight, bias, targets, largest, exp_sum = ctx.saved_tensors
-        softcap, compute_dtype, chunk_tokens = ctx.settings
+        softcap, compute_dtype, chunk_tokens, matmul = ctx.settings
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         sum_dtype, compute_weight = exp_sum.dtype, weight.to(compute_dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -153,7 +156,7 @@ class _TokenLogps(torch.autograd.Function):
             for start in range(0, hidden.shape[0], chunk_tokens):
                 rows, cap_slope = slice(start, start + chunk_tokens), None
                 h, g = hidden[rows].to(compute_dtype), grad_logps[rows, None].to(sum_dtype)
-                lm_logits = _TokenLogps._lm_logits(h, compute_weight, bias, softcap, buffer)
+                lm_logits = _TokenLogps._lm_logits(h, compute_weight, bias, softcap, buffer, matmul)
                 if softcap is not None:  # before exp_ overwrites the logits
                     cap_slope = 1 - (lm_logits / softcap) ** 2
                 exps = lm_logits.sub_(largest[rows]).exp_()
@@ -165,14 +168,14 @@ class _TokenLogps(torch.autograd.Function):
                     grad_bias += grad_logits.sum(0)
                 grad_logits = grad_logits.to(compute_dtype)
                 if need_hidden:
-                    grad_hidden[rows] = _matmul_fp32(grad_logits, compute_weight).to(hidden.dtype)
+                    grad_hidden[rows] = matmul(grad_logits, compute_weight).to(hidden.dtype)
                 if need_weight and compute_dtype == sum_dtype:
                     grad_weight.addmm_(grad_logits.t(), h)
                 elif need_weight:
-                    grad_weight += _matmul_fp32(grad_logits.t(), h)
+                    grad_weight += matmul(grad_logits.t(), h)
         return (grad_hidden,
                 grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
-                grad_bias if grad_bias is None else grad_bias.to(bias.dtype), *[None] * 4)
+                grad_bias if grad_bias is None else grad_bias.to(bias.dtype), *[None] * 5)
 
 
 def response_logps(token_logps, response_index, responses):

@@ -1,2 +1,1 @@
-"""What surrounds the method: settings, files of a run, processes, judges, reports. Not needed to
-understand SELM."""
+"""Everything around the method, in four rooms. Not needed to understand SELM."""

@@ -211,13 +211,13 @@ def move(parameters, buffers, device):
 @contextmanager
 def pretended():
     """Within it, --device is the pretended one, whatever the flags say."""
-    held, read, bias = register(), settings.read, policies.causal_lower_right
+    held, read, kernels = register(), settings.read, policies.Policy.kernels
     write = weights._write_policy
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # model.to("gpu")
 
     def plain_bias(*size):  # a subclass of its own, which no mode may make
         with _disable_current_modes():
-            return bias(*size)
+            return kernels.causal_bias(*size)
 
     def write_from_cpu(model, state, *more):  # safetensors would look for the memory itself
         return write(model, {name: value.to("cpu") for name, value in state.items()}, *more)
@@ -225,7 +225,7 @@ def pretended():
         for owner, name, stand_in in (
                 (settings, "read", lambda argv: replace(read(argv), device="gpu")),
                 (train_loop.command, "finish", lambda *_: None),  # figures need no accelerator
-                (policies, "causal_lower_right", plain_bias),
+                (policies.Policy, "kernels", kernels._replace(causal_bias=plain_bias)),
                 (weights, "_write_policy", write_from_cpu),
                 (distributed, "_backend", lambda device: "cpu:gloo,gpu:gloo"),
                 (_fsdp_init, "_move_states_to_device", move),

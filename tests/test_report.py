@@ -57,9 +57,9 @@ def test_a_healthy_run_gives_no_warning(tmp_path):
 
 
 @pytest.mark.parametrize("share, words", [
-    (9e-4, "optimism is 0.0009 of .*--alpha 0; a share of 0.1 takes 1.1e[+]02 times"),
+    (9e-4, "optimism is 0.0009 of .*--alpha 0; for a share of 0.1 multiply alpha by 1.1e[+]02"),
     (0.0, "optimism is 0 of"), (0.51, "optimism is 51% of .* lower --alpha"),
-    (1.1, "optimism is 110% of .*pulls against the preferences; .* lower --alpha"),
+    (1.1, "optimism is 110% of .*opposes the preferences; .* lower --alpha"),
     (1e-3, None), (0.5, None), (None, None)])
 def test_an_alpha_whose_share_of_the_gradient_says_nothing_or_all_is_named(share, words, tmp_path):
     """An alpha of the paper in another model's units: a run that is DPO, or none of it. The share
@@ -123,9 +123,9 @@ def test_few_distinct_answers_are_said_beside_the_intervals(tmp_path):
 @pytest.mark.parametrize("settings, words", [
     ({"ranker": "oracle"}, "the toy world's true reward, which also chose the pairs"),
     ({"ranker": "pairrm", "eval_ranker": None}, "`pairrm`, which also chose .*--eval-ranker takes"),
-    ({"ranker": "pairrm", "eval_ranker": "f.py:g"}, "`f.py:g`, which training never saw.*`pairrm`"),
+    ({"ranker": "pairrm", "eval_ranker": "f.py:g"}, "`f.py:g`, which training did not use.*`pairrm`"),
     ({"ranker": "pairrm", "eval_ranker": "pairrm"}, "`pairrm`, which also chose the pairs"),
-    ({"ranker": "f.py:g", "eval_ranker": "oracle"}, "`oracle`, which training never saw")])
+    ({"ranker": "f.py:g", "eval_ranker": "oracle"}, "`oracle`, which training did not use")])
 def test_the_report_says_who_judged_and_what_that_is_worth(settings, words):
     """Win rates by the judge that trained the policy, without a word."""
     assert re.search(words, report.judged(settings))

@@ -61,7 +61,7 @@ def test_a_vocabulary_wide_gradient_skips_what_needs_none():
     for frozen in ("hidden", "weight"):
         context = SimpleNamespace(
             saved_tensors=(h, w, None, t, torch.zeros(len(h), 1), torch.ones(len(h), 1)),
-            settings=(None, torch.float32, 4),
+            settings=(None, torch.float32, 4, selm.matmul_fp32),
             needs_input_grad=(frozen != "hidden", frozen != "weight", False))
         grads = selm._TokenLogps.backward(context, torch.ones(len(h)))
         assert (grads[0] is None) == (frozen == "hidden")

@@ -477,8 +477,8 @@ PIECES = {
         ("grad_weight.addmm_(grad_logits.t(), h)", "grad_weight += grad_logits.t() @ h")],
     "logits take fresh memory a chunk": [("out=buffer[:, :len(hidden_chunk)]", "out=None")],
     "logits are laid out as (chunk, V)": [
-        ("_matmul_fp32(weight, hidden_chunk.t(), out=buffer[:, :len(hidden_chunk)]).t()",
-         "_matmul_fp32(hidden_chunk, weight.t(), out=buffer.t()[:len(hidden_chunk)])"),
+        ("matmul(weight, hidden_chunk.t(), out=buffer[:, :len(hidden_chunk)]).t()",
+         "matmul(hidden_chunk, weight.t(), out=buffer.t()[:len(hidden_chunk)])"),
         ("new_empty(len(weight), min(len(hidden), chunk_tokens), dtype=dtype)",
          "new_empty(min(len(hidden), chunk_tokens), len(weight), dtype=dtype).t()")],
 }

@@ -158,6 +158,10 @@ MUTANTS = [
      "::test_text_that_is_not_utf_8_is_refused_before_anything_runs"),
     ("an input that has another name is written over", "harness/inputs/files.py",
      "if same_file(path, file):", "if path == file:", "tests/test_files.py"),
+    ("a recipe beats a flag", "harness/runs/settings.py", "recipe | given |", "given | recipe |",
+     "tests/test_settings.py"),
+    ("a number without an upper end", "harness/runs/settings.py",
+     'if not (fits and number <= allowed["at_most"]):', "if not fits:", "tests/test_settings.py"),
     ("~ is the name of a folder", "harness/runs/settings.py",
      "return os.path.expanduser(as_text(value))", "return as_text(value)",
      "tests/test_settings.py"),
@@ -296,9 +300,9 @@ MUTANTS = [
     ("--offload is turned on where the host is too small for it", "harness/models/memory.py",
      "if chosen.offload and host > host_memory():", "if False:", "tests/test_memory.py"
      "::test_offload_is_turned_on_where_it_alone_makes_a_gpu_large_enough"),
-    ("weights that stay whole under --offload are planned twice", "harness/models/memory.py",
+    ("weights that stay whole under --offload are counted twice", "harness/models/memory.py",
      "layers * (not whole)", "layers", "tests/test_memory.py"
-     "::test_the_plan_for_offload_is_what_the_device_holds_within_15_percent"),
+      "::test_the_estimate_for_offload_is_what_the_device_holds_within_15_percent"),
     ("an output takes the place of a link", "harness/runs/output_files.py",
      "path = os.path.realpath(path)", "pass", "tests/test_files.py"),
     ("an output takes the place of a pipe or a device", "harness/runs/output_files.py",
@@ -363,7 +367,7 @@ MUTANTS = [
      "os.fspath(folder).encode()", "pass", "tests/test_run_folder.py"),
 
     # --- model.py: the packed forward pass ------------------------------------------------------
-    ("a response sees what follows", "model.py", "causal_lower_right if window is None",
+    ("a response sees what follows", "model.py", "kernels.causal_bias if window is None",
      "(lambda n, m: None) if window is None", MODEL),
     ("a sliding window is ignored", "model.py",
      "window = sliding_window if sliding_window and sliding_window < tree_layout.longest else None",
@@ -379,7 +383,7 @@ MUTANTS = [
      "position_ids=batch.position_ids,\n                               attention_mask=mask",
      "position_ids=None,\n                               attention_mask=mask", MODEL),
     ("the final cap of the logits is dropped", "model.py",
-     'softcap=getattr(config, "final_logit_softcapping", None))', "softcap=None)", MODEL),
+     'softcap=getattr(config, "final_logit_softcapping", None),', "softcap=None,", MODEL),
     ("padding is attended to", "model.py", "attention_mask=batch.attention_mask,",
      "attention_mask=None,", "tests/test_compatibility.py"),
     ("bf16 is switched off", "model.py", "if self.autocast_dtype else nullcontext())",

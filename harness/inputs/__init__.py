@@ -1,1 +1,1 @@
-"""What comes in: preference records, chat templates, another engine's samples, the toy world."""
+"""What comes in: preference records, chat templates, samples of another engine, the toy world."""

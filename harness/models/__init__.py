@@ -1,1 +1,1 @@
-"""Models: weights, what an architecture can do, processes, the memory estimate."""
+"""Models: weights on disk, what an architecture allows, processes, the memory estimate."""

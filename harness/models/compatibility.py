@@ -1,12 +1,12 @@
-"""Are our short cuts right for this architecture? Asked before a run, in the weights at hand.
+"""Are packed rows and sampling slots right for this model? Checked with its weights before a run.
 
-Architectures cap attention scores, keep windows in masks of their own, add position biases, have a
-state instead of a cache. Packed rows and slots would then give other numbers, without a sign. So a
-few log-probs of the packed forward pass, and a few tokens sampled behind a short prompt and behind
-one longer than any attention window, are compared with plain forward passes under eager attention,
-transformers' most faithful.
+Some architectures cap attention scores, keep windows in masks of their own, add position biases, or
+have a state instead of a cache. With them, packed rows and slots could give wrong numbers without
+an error. So we compare with plain forward passes under eager attention, which is transformers' most
+faithful: a few log-probs of the packed forward pass, and a few tokens sampled after a short prompt
+and after one that is longer than any attention window.
 
-    self_check        log-probs as model.py packs them, or plain rows: right, or refused
+    self_check        compares log-probs of packed (or plain) rows; refuses the model if wrong
     choose_sampler    slots (sample.py), slots under eager attention, or the model's own generate
 
 Test: pytest tests/test_compatibility.py tests/test_model.py tests/test_sample.py.
@@ -38,10 +38,10 @@ def self_check(policy, make_batch, trees, max_length=0, packed=True):
     time. Returns the largest difference in nats; ValueError if it is more than rounding.
 
     Some architectures ignore position_ids, mix tokens outside attention (Mamba), keep a window in
-    the mask that we never build, or scale their logits (Granite, Cohere); log-probs would then be
-    wrong without a sign. make_batch: data.pack, or data.pad for packed=False. trees: a few short
-    ones; one that outgrows every attention window is added, so a short row is also seen beside a
-    long one. Runs in the weights' dtype, without autocast, before sharding.
+    the mask that we never build, or scale their logits (Granite, Cohere). make_batch: data.pack, or
+    data.pad for packed=False. trees: a few short ones; we add one that is longer than every
+    attention window, so that short and long rows are packed together. Runs in the weights' dtype,
+    without autocast, before sharding.
     """
     model, prompt = policy.causal_lm, trees[0].prompt_ids
     attention, autocast_dtype = model.config._attn_implementation, policy.autocast_dtype
@@ -56,7 +56,7 @@ def self_check(policy, make_batch, trees, max_length=0, packed=True):
         model.set_attn_implementation("eager")  # knows every architecture's caps, sinks and windows
         expected = torch.stack([_alone(model, *row) for row in rows])
     except Exception as reason:  # whatever a library may raise
-        if out_of_memory(reason):  # which is no fault of the architecture
+        if out_of_memory(reason):  # this says nothing about the architecture
             raise
         raise ValueError(f"{type(model).__name__} cannot run our forward pass "
                          f"({one_line(reason)}); {advice}") from None
@@ -79,10 +79,10 @@ def _alone(model, prompt_ids, response):
 
 
 def probe_length(config, max_length):
-    """Tokens of a row that outgrows every attention window which a row of max_length can outgrow.
+    """Tokens of a row that is longer than every attention window below max_length.
 
-    Windows have many names (sliding_window, window_size, attention_chunk_size); a number that is
-    taken for one by mistake only makes the row longer than it need be.
+    Windows have many names (sliding_window, window_size, attention_chunk_size). If another number
+    is mistaken for a window, the row is only longer than necessary.
     """
     windows = [value for name, value in config.get_text_config().to_dict().items()
                if ("window" in name or "chunk" in name) and isinstance(value, int)]
@@ -96,11 +96,11 @@ def probe_length(config, max_length):
 
 @torch.no_grad()
 def choose_sampler(model, ids, length, say=print):
-    """The function that samples this model: sample.serve, or serve_one_by_one (the same
-    arguments) where slots are not right. May set the model's attention to eager; `say` gets a line
-    about anything but the ordinary case. ValueError where neither is right.
+    """The function that samples this model: sample.serve, or serve_one_by_one (with the same
+    arguments) if slots give wrong logits. May set the model's attention to eager. `say` reports all
+    but the ordinary case. ValueError if both are wrong.
 
-    ids: any prompt's, to make the two of; length: of the longer one, see probe_length.
+    ids: of any prompt; two prompts are made of them. length: of the longer one, see probe_length.
     """
     length = min(length, sample.context_length(model.config) - TRIAL_STEPS)
     prompts = sorted((ids[:3], (ids * length)[:length]), key=len)
@@ -113,21 +113,21 @@ def choose_sampler(model, ids, length, say=print):
         error, why = error_of(trial, model, prompts)
         if error <= tolerance:
             if sampler is serve_one_by_one:
-                say(f"note: {name} does not fit into slots ({reason}); its own generate samples "
-                    "it, slowly, one prompt at a time")
+                say(f"note: {name} does not fit into slots ({reason}); the model's own generate "
+                    "is used, slowly, one prompt at a time")
             elif attention != first:
-                say(f"note: {name} is sampled under eager attention, slower but right for it: "
-                    f"not under {first} ({reason})")
+                say(f"note: {name} is sampled under eager attention, which is slower: its logits "
+                    f"are wrong under {first} ({reason})")
             return sampler
         reason = why
-    raise ValueError(f"{name}: the tokens that it generates one after the other are not those of "
-                     "its forward pass over the whole text; it is not a causal language model, or "
-                     f"not one that transformers can sample ({reason})")
+    raise ValueError(f"{name}: generating token by token gives other logits than a forward pass "
+                     "over the whole text. This is not a causal language model, or transformers "
+                     f"cannot sample it ({reason})")
 
 
 def error_of(trial, model, prompts):
-    """How far a trial's logits are from those of plain forward passes, in standard deviations
-    (infinite where the trial cannot even run), and that in words."""
+    """(how far a trial's logits are from those of plain forward passes, in standard deviations, or
+    infinity if the trial fails; the same in words)."""
     attention, errors = model.config._attn_implementation, []
     try:
         responses = trial(model, prompts)
@@ -136,9 +136,9 @@ def error_of(trial, model, prompts):
             text = torch.tensor([ids + tokens], device=model.device)
             expected = model(text, use_cache=False).logits[0, len(ids) - 1:-1].float()  # (steps, V)
             distance = (lm_logits.float() - expected).square().mean(1).sqrt()  # (steps,)
-            # Not the largest: in bf16 rounding can send one token to another expert (PhiMoE).
+            # The median: in bf16, rounding can send one token to another expert (PhiMoE).
             errors.append((distance / expected.std(1)).median().item())
-    except Exception as error:  # whatever an architecture may raise that was not made for this
+    except Exception as error:  # whatever another architecture may raise
         if out_of_memory(error):
             raise
         return math.inf, one_line(error)
@@ -149,9 +149,9 @@ def error_of(trial, model, prompts):
 
 
 def trial_in_slots(model, prompts):
-    """Up to TRIAL_STEPS greedy tokens behind each prompt, and their logits: n (tokens, (steps, V)).
-    The first prompt ends three steps early, so that the last row moves into its place: for most of
-    its steps, as `error_of` takes a median."""
+    """Up to TRIAL_STEPS greedy tokens after each prompt, and their logits: n (tokens, (steps, V)).
+    The first response ends three steps early, and the last row moves into its place. This is early
+    enough for the median in `error_of`."""
     cache = sample.SlotCache(len(prompts), max(map(len, prompts)) + TRIAL_STEPS)
     live = [sample.make_slot(model.config, i, ids, TRIAL_STEPS - 3 * (i == 0), seed=0)
             for i, ids in enumerate(prompts)]
@@ -167,6 +167,7 @@ def trial_in_slots(model, prompts):
 
 
 def trial_one_by_one(model, prompts):
+    """The same with the model's own generate."""
     outputs = [own_generate(model, ids, TRIAL_STEPS, (), output_logits=True) for ids in prompts]
     return [(output.sequences[0, len(ids):].tolist(), torch.cat(output.logits))
             for ids, output in zip(prompts, outputs)]
@@ -175,8 +176,8 @@ def trial_one_by_one(model, prompts):
 @torch.no_grad()
 def serve_one_by_one(model, requests, *, stop_ids, slots=1, temperature=0.0, top_p=1.0,
                      expected=None):
-    """sample.serve where slots are not right: transformers' own, prompt by prompt, with whatever
-    cache or state the model has. The same tokens, from the same random numbers."""
+    """Replaces sample.serve where slots are wrong: transformers' generate, prompt by prompt, with
+    whatever cache or state the model has. The same tokens, from the same random numbers."""
     sample.check_settings(slots, temperature, top_p)
     was_training = model.training
     model.eval()
@@ -186,7 +187,7 @@ def serve_one_by_one(model, requests, *, stop_ids, slots=1, temperature=0.0, top
             slot = sample.make_slot(model.config, i, *request)
 
             def only_ours(_, lm_logits):
-                """A logits processor that leaves one token to choose from."""
+                """A logits processor that leaves only the token that we pick."""
                 uniforms = [slot.uniforms.random()] if temperature else None
                 token = sample.pick_tokens(lm_logits, uniforms, temperature, top_p)[:, None]
                 return torch.full_like(lm_logits, -math.inf).scatter(1, token, 0.0)
@@ -199,8 +200,8 @@ def serve_one_by_one(model, requests, *, stop_ids, slots=1, temperature=0.0, top
 
 
 def own_generate(model, ids, limit, stop_ids, **options):
-    """transformers' generate on one prompt, greedy. Without the model's own generation settings
-    (a repetition penalty, say): they would be filled in wherever we name nothing."""
+    """transformers' generate on one prompt, greedy. The model's own generation settings (such as a
+    repetition penalty) are put aside, because generate uses them for all that we leave open."""
     own, model.generation_config = model.generation_config, GenerationConfig(
         max_new_tokens=limit, eos_token_id=sorted(stop_ids) or None, pad_token_id=0)
     text = torch.tensor([ids], device=model.device)

@@ -1,20 +1,20 @@
-"""What a run needs of memory, before anything is loaded: --dry-run prints it, a GPU run obeys it.
+"""The memory estimate: --dry-run prints it, and a run that would not fit on its GPU is refused.
 
-A forward and backward pass has no formula that would hold for every architecture. So the very code
-of model.py, selm.py and sample.py runs over fake tensors, which have shapes and no content, while
-`Live` counts the bytes that are alive. What is left is arithmetic on the number of weights:
+No formula gives the memory of a forward and backward pass for every architecture. So the code of
+model.py, selm.py and sample.py itself runs over fake tensors, which have shapes and no content,
+and `Live` counts their bytes. No weights are loaded. The rest is arithmetic:
 
     n weights, m of them trained (all, without LoRA), c bytes each in the compute dtype
     one process      4n weights   4m gradient   8m AdamW's moments              all on the device
-    N processes      the same / N, and the layers at work, whole (FSDP2)        each on its own
+    N processes      the same / N on each device, and the layers at work, whole (FSDP2)
     --offload        cn weights   4m gradient on the device;   4n + 4m + 8m on the host, of which
                      weights and gradient are pinned, in blocks of a power of two
 
-What is counted is what torch's own profiler counts in a real pass, to 0.2 %. Not counted: CUDA's
-own memory and a GPU's holes between blocks (ROOM leaves 8 % of a card for both; on a CPU HOLES adds
-8 %), the buffers of NCCL or gloo, the page cache, and what a judge of yours takes.
+torch's profiler counts the same bytes in a real pass, to 0.2 %. Not counted: CUDA's own memory and
+the holes between blocks on a GPU (ROOM leaves 8 % of a card for both; on a CPU HOLES adds 8 %), the
+buffers of NCCL or gloo, the page cache, and the memory of a judge of your own.
 
-Test: pytest tests/test_memory.py.
+Test: pytest tests/test_memory.py.    Legend: s is the Settings of a run.
 """
 
 import functools
@@ -28,7 +28,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -39,14 +38,16 @@ from torch.utils._pytree import tree_leaves
 import data
 import model as policies
 import sample
-import selm
+from harness.judging.judges import parse_spec
 from harness.models import distributed, weights
-from harness.runs.exits import one_line
 from harness.models.distributed import PROCESSES, say
+from harness.runs.exits import one_line
+from harness.runs.settings import prompts_of_iteration
 
-CARDS, ROOM = (24, 48, 80, 141), 0.92  # GB of the usual cards; the share that a run may fill
-# glibc's heap keeps holes between blocks: 4 to 11 % of what is alive in runs on a CPU. (With LoRA
-# 40 to 130 %: its many short-lived sums leave them between activations that stay.)
+CARDS = 24, 48, 80, 141  # GB of the usual GPUs
+ROOM = 0.92  # the share of a GPU that a run may fill
+# glibc's heap leaves holes between blocks: 4 to 11 % of the live bytes in runs on a CPU. (With LoRA
+# 40 to 130 %, because its many short-lived sums lie between activations that stay.)
 HOLES = 0.08
 
 # ----------------------------------------------------------------------------------------------
@@ -55,9 +56,9 @@ HOLES = 0.08
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make: alive `now`, and at the `peak`.
+    """Counts the bytes of all tensors that operations make: alive `now`, and the largest `peak`.
 
-    Real tensors stay real: indices, which our code and transformers' ask for their values.
+    Operations on real tensors stay real. These are indices, whose values are needed.
     """
 
     def __init__(self):
@@ -78,7 +79,7 @@ class Live(TorchDispatchMode):
 
     def _count(self, storage):
         key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:  # a view has its base's storage
+        if key not in self.known:  # a view shares its base's storage
             self.known.add(key)
             self.now += size
             self.peak = max(self.peak, self.now)
@@ -90,37 +91,38 @@ class Live(TorchDispatchMode):
 
 
 @contextmanager
-def counting(device):
-    """Fake tensors, counted. They are on the CPU, for torch without CUDA has no others; where our
-    code takes another way on a GPU, so do they: no mask beside attention, no fp32 copies of bf16
-    matrices."""
-    gpu, live = device == "cuda", Live()
-    bias = causal_upper_left if gpu else policies.causal_lower_right
-    takes_groups = policies._takes_groups
+def counting():
+    """Within it, new tensors are fake, and `Live` counts them."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
+        yield live
 
-    def made_outside(*size):  # a tensor subclass of its own, which could not be made a fake
-        with _disable_current_modes():
-            return bias(*size)
+
+def kernels_for(device):
+    """model.Kernels for fake tensors. These are always on the CPU, because torch without CUDA has
+    no others. For a GPU there is no mask beside attention, and bf16 matrices get no fp32 copies."""
+    gpu, real = device == "cuda", policies.Policy.kernels
+    bias = causal_upper_left if gpu else real.causal_bias
+
+    def causal_bias(n, m):
+        with _disable_current_modes():  # torch cannot make a fake of this tensor class
+            return bias(n, m)
+
+    def takes_groups(cuda, dtype, window):
+        return real.takes_groups(gpu, dtype, window)
 
     def matmul_fp32(a, b, out=None):
         return a.new_empty(len(a), b.shape[1], dtype=torch.float32) if out is None else out
-
-    with (mock.patch.object(policies, "causal_lower_right", made_outside),
-          mock.patch.object(policies, "_takes_groups",
-                            lambda _, dtype, window: takes_groups(gpu, dtype, window)),
-          mock.patch.object(selm, "_matmul_fp32", matmul_fp32 if gpu else selm._matmul_fp32),
-          FakeTensorMode(allow_non_fake_inputs=True), live):
-        yield live
+    return policies.Kernels(causal_bias, takes_groups, matmul_fp32 if gpu else real.matmul_fp32)
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Of a model: numbers of weights, and bytes beyond weights and gradient."""
-    numels: tuple  # of each parameter, and whether it is trained
+    """A model's numbers of weights, and the bytes of a pass beside weights and gradient."""
+    numels: tuple  # (numbers in it, whether it is trained) of each parameter
     largest: int  # weights of the largest layer
-    rest: int  # weights in no layer: embedding, head, norm
-    backward: int  # at the peak of forward and backward
-    forward: int  # at the peak of a forward pass alone
+    rest: int  # weights outside of all layers: embedding, head, norm
+    backward: int  # bytes at the peak of forward and backward
+    forward: int  # bytes at the peak of a forward pass alone
 
     weights = property(lambda self: sum(numel for numel, _ in self.numels))
     trained = property(lambda self: sum(numel for numel, trained in self.numels if trained))
@@ -128,18 +130,18 @@ class Passes:
 
 @functools.cache
 def passes(path, compute, shape, sharded):
-    """Passes of one micro-batch. shape: how many trees, tokens of a prompt, [tokens of a response].
-    sharded: weights come in the compute dtype (FSDP2); else autocast makes copies of them."""
+    """Passes for one micro-batch. shape: how many trees, prompt tokens, [tokens of a response].
+    sharded: FSDP2 hands over weights in the compute dtype. Otherwise autocast copies them."""
     dtype = torch.bfloat16 if compute.dtype == "bf16" else torch.float32
-    with counting(compute.device) as live:
-        model = weights.empty_model(path, compute.attention, dtype if sharded else torch.float32)
-        if compute.lora_rank:
-            with mock.patch.object(torch.nn.Module, "to", lambda self, *_, **__: self):
-                model = distributed.add_lora(model, compute.lora_rank)  # no fake parameter can be moved
+    with counting() as live:
+        stored = dtype if sharded else torch.float32
+        model = (model_with_lora(path, compute, stored) if compute.lora_rank else
+                 weights.empty_model(path, compute.attention, stored))
         policy = policies.Policy(model, compute.gradient_checkpointing,
                                  dtype if compute.dtype == "bf16" else None)
+        policy.kernels = kernels_for(compute.device)
         parameters = list(policy.parameters())
-        for p in parameters:  # micro-batches after an update's first find a gradient there
+        for p in parameters:  # all micro-batches of an update but the first find a gradient
             p.grad = torch.empty_like(p) if p.requires_grad else None
         batch, before = (data.pad if compute.plain_rows else data.pack)(trees_of(*shape)), live.now
         live.peak = before
@@ -153,24 +155,36 @@ def passes(path, compute, shape, sharded):
                   count(parameters) - sum(layers), live.peak - before, forward)
 
 
+def model_with_lora(path, compute, dtype):
+    """A fake model with LoRA. peft moves modules between devices, and fake parameters cannot be
+    moved. So the model is made on the meta device, and then its tensors are replaced by fakes."""
+    with _disable_current_modes(), torch.device("meta"):
+        model = weights.empty_model(path, compute.attention, dtype)
+        model = distributed.add_lora(model, compute.lora_rank)
+    model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype))  # to_empty would not make fakes
+    model.get_base_model().tie_weights()
+    return model
+
+
 def trees_of(count, prompt, responses):
+    """Trees of these lengths."""
     return [data.Tree([3] * prompt, [[3] * n for n in responses], 0, 1, [])] * count
 
 
 class SamplingNeeds(NamedTuple):
-    """Bytes."""
+    """Bytes of sampling."""
     weights: int
     copies: int  # of the weights (sample.packed_linears)
     slots: int  # keys and values when all slots are full
-    rest: int  # at the peak of filling every slot, its last step, and filling all again
+    rest: int  # all else, at the peak of filling every slot, its last step, and filling all again
 
 
 @functools.cache
 def sampling(path, compute, lengths, slots):
-    """SamplingNeeds. lengths: tokens of a prompt, of prompt + response."""
+    """SamplingNeeds. lengths: (tokens of a prompt, tokens of prompt + response)."""
     dtype = torch.bfloat16 if compute.dtype == "bf16" else torch.float32
     prompt, longest = lengths
-    with counting(compute.device) as live, torch.no_grad():
+    with counting() as live, torch.no_grad():
         model = weights.empty_model(path, compute.attention, dtype)
         cache = sample.SlotCache(slots, sample.context_length(model.config))
         kept = live.peak = live.now
@@ -178,7 +192,7 @@ def sampling(path, compute, lengths, slots):
         last = sample.Slot(0, [], 3, longest - 1, 1, random.Random(0))
         lm_logits = sample.step(model, cache, [last] * slots)
         sample.pick_tokens(lm_logits, [0.5] * slots, 1.0, 1.0)
-        sample.prefill(model, cache, [[3] * prompt] * slots, 0)  # now beside a cache that has grown
+        sample.prefill(model, cache, [[3] * prompt] * slots, 0)  # the cache has grown meanwhile
         slots_full = sum(x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values))
     copied = compute.device == "cpu" and compute.dtype == "fp32" and sample.can_pack()
     copies = sum(4 * m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear)
@@ -187,10 +201,10 @@ def sampling(path, compute, lengths, slots):
 
 @functools.cache
 def judging(ranker, device):
-    """(bytes of its weights, of a forward pass of 8192 tokens) of PairRM or a reward model; others:
-    0. PairRM is a DeBERTa-v3-large, so its shape need not be fetched."""
+    """(bytes of its weights, of a forward pass of 8192 tokens) for PairRM or a reward model, and
+    (0, 0) for other judges. PairRM is a DeBERTa-v3-large, so its config.json is not needed."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, DebertaV2Config
-    kind, _, name = ranker.partition(":")
+    kind, path, _ = parse_spec(ranker)
     if kind not in ("pairrm", "reward"):
         return 0, 0
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -201,12 +215,12 @@ def judging(ranker, device):
             max_relative_positions=-1, pos_att_type=["p2c", "c2p"], share_att_key=True,
             norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0)
     else:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    with counting(device) as live, torch.no_grad():
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with counting() as live, torch.no_grad():
         model = AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
         kept = live.peak = live.now
         ids = torch.full((4, 2048) if config.pad_token_id is not None else (1, 2048), 3)
-        model(ids, torch.ones_like(ids))
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return kept, live.peak - kept
 
 
@@ -217,7 +231,7 @@ def judging(ranker, device):
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes of one process on its device, and of all processes of a host in its memory."""
+    """Bytes on the device of one process; `host`: in host memory, of all processes together."""
     weights: float
     gradient: float = 0
     optimiser: float = 0
@@ -231,72 +245,77 @@ class Phase:
 
 
 def micro_batch(s):
-    """The shape of a full one, for `passes`: trees of rows as long as the settings allow."""
-    tree = s.max_prompt_length, (s.max_length - s.max_prompt_length,) * (
-        2 if s.pairs == "reference" else 2 + s.responses_per_prompt)
+    """The shape of a full micro-batch, for `passes`: texts are as long as the settings allow."""
+    responses = 2 if s.pairs == "reference" else 2 + s.responses_per_prompt
+    tree = s.max_prompt_length, (s.max_length - s.max_prompt_length,) * responses
     size = trees_of(1, *tree)[0].size
     tokens = size.rows * size.width if s.plain_rows else size.tokens
     return max(1, s.tokens_per_forward // tokens), *tree
 
 
 class Uncountable(ValueError):
-    """An architecture that does not run over tensors without content."""
+    """An architecture that cannot run over tensors without content."""
 
 
 def phases(s, processes=PROCESSES):
-    """name -> Phase of a run of the settings s. On a CPU, device and host are one memory.
-    Errors: Uncountable."""
+    """name -> Phase of a run. On a CPU, device and host are one memory. Errors: Uncountable."""
     try:
-        return _phases(s, processes)
+        table = training_phases(s, processes) | sampling_phases(s)
+        judge, judged = judging(s.ranker, s.device)
     except Exception as reason:  # whatever a library may raise
         raise Uncountable(f"{s.model} cannot be counted ({one_line(reason)})") from None
-
-
-def _phases(s, processes):
-    c, sharded = 2 if s.dtype == "bf16" else 4, bool(s.offload) or processes > 1
-    p = passes(s.model, s.compute, micro_batch(s), sharded)
-    n, m = p.weights, p.trained
-    share = dict(weights=4 * n / processes, gradient=4 * m / processes,
-                 optimiser=8 * m / processes)
-    # FSDP2 makes a layer whole for its work, and the next one meanwhile; gradients are summed in
-    # fp32, from one buffer into another. What is in no layer stays whole throughout.
-    layers, sums = c * (p.rest + 3 * p.largest) * sharded, 8 * p.largest * sharded
-    host = 4 * n * (s.device == "cuda")  # process 0 alone loads, and saves, all weights
-    if s.offload:
-        whole = processes == 1  # weights and gradient stay on the device for a whole update
-        block = pinned if s.device == "cuda" else float
-        blocks = [block(4 * x / processes) * (1 + trained) for x, trained in p.numels]
-        host = sum(blocks) * processes + max(8 * m, host)  # moments go before the policy is saved
-        share, layers = dict(weights=c * n * whole, gradient=4 * m * whole), layers * (not whole)
-    y = sampling(s.model, s.compute, (s.max_prompt_length, s.max_length), s.slots)
-    # Loaded once to sample, and kept while the judge works: the policy, and the start beside it.
-    kept = y.weights * (2 if s.eval_prompts or s.pairs == "reference" else 1)
-    judge, judged = judging(s.ranker, s.device)
-    table = {"training": Phase(**share, activations=p.backward, other=layers + sums + judge,
-                               host=host),
-             "reference": Phase(share["weights"], activations=p.forward, other=layers + judge,
-                                host=4 * n),
-             "sampling": Phase(kept + y.copies, activations=y.rest, other=y.slots + judge),
-             "ranking": Phase(kept, activations=judged, other=judge)}
+    table = {name: replace(phase, other=phase.other + judge) for name, phase in table.items()}
+    table["ranking"] = replace(table["ranking"], activations=judged)
     if s.device == "cpu":
         table = {name: replace(phase, other=phase.other + HOLES * phase.device)
                  for name, phase in table.items()}
     return table
 
 
+def training_phases(s, processes):
+    """The phases that run Policy: name -> Phase, without the judge."""
+    sharded = bool(s.offload) or processes > 1
+    p = passes(s.model, s.compute, micro_batch(s), sharded)
+    n, m, c = p.weights, p.trained, 2 if s.dtype == "bf16" else 4
+    share = dict(weights=4 * n / processes, gradient=4 * m / processes,
+                 optimiser=8 * m / processes)
+    # FSDP2 gathers a layer for its work, and the next one meanwhile. It sums gradients in fp32,
+    # from one buffer into another. Weights outside of all layers stay whole throughout.
+    layers, sums = c * (p.rest + 3 * p.largest) * sharded, 8 * p.largest * sharded
+    host = 4 * n * (s.device == "cuda")  # process 0 alone loads and saves all weights
+    if s.offload:
+        whole = processes == 1  # weights and gradient stay on the device for a whole update
+        block = pinned if s.device == "cuda" else float
+        blocks = [block(4 * x / processes) * (1 + trained) for x, trained in p.numels]
+        # The moments are freed before the policy is saved.
+        host = sum(blocks) * processes + max(8 * m, host)
+        share, layers = dict(weights=c * n * whole, gradient=4 * m * whole), layers * (not whole)
+    return {"training": Phase(**share, activations=p.backward, other=layers + sums, host=host),
+            "reference": Phase(share["weights"], activations=p.forward, other=layers, host=4 * n)}
+
+
+def sampling_phases(s):
+    """The phases with a frozen policy in the compute dtype: name -> Phase, without the judge."""
+    y = sampling(s.model, s.compute, (s.max_prompt_length, s.max_length), s.slots)
+    # Loaded to sample, and kept while the judge works: the policy, and the start model with it.
+    kept = y.weights * (2 if s.eval_prompts or s.pairs == "reference" else 1)
+    return {"sampling": Phase(kept + y.copies, activations=y.rest, other=y.slots),
+            "ranking": Phase(kept)}
+
+
 def pinned(size):
-    """Bytes of the block that torch pins for so many (CachingHostAllocator.h)."""
+    """Bytes of the block that torch pins for `size` bytes (CachingHostAllocator.h)."""
     return 2 ** math.ceil(math.log2(max(size, 1)))
 
 
 def need(s, processes=PROCESSES):
-    """Bytes of a device that the run fills at its peak, and the phase that does."""
+    """(bytes on a device at the peak of the run, the phase of that peak)."""
     return max((phase.device, name) for name, phase in phases(s, processes).items())
 
 
 def fitted(s):
-    """s, with --offload turned on where a GPU is too small without it and large enough with it; a
-    run that does not fit at all is refused. ValueError. On a CPU nothing changes."""
+    """s, with --offload turned on if the GPU is too small without it and large enough with it. On a
+    CPU, s itself. Errors: ValueError for a run that does not fit."""
     if s.device != "cuda" or s.variant:
         return s
     room = ROOM * card()
@@ -306,7 +325,7 @@ def fitted(s):
         may = s.offload is None and PROCESSES == 1 and need(offloaded)[0] <= room
         host = need_of_host(offloaded)
     except Uncountable as reason:
-        say(f"note: {reason}, so nobody knows whether this GPU is large enough")
+        say(f"note: {reason}, so it is unknown whether this GPU is large enough")
         return plain
     chosen = offloaded if needed > room and may else plain
     if chosen.offload and host > host_memory():
@@ -316,7 +335,7 @@ def fitted(s):
         return chosen
     if may:
         say(f"--offload: this run needs {needed / 1e9:.0f} GB of a GPU and has "
-            f"{room / 1e9:.0f}; its masters go to host memory (--no-offload: never)")
+            f"{room / 1e9:.0f}; its master weights go to host memory (--no-offload forbids this)")
         return chosen
     raise ValueError(f"{phase} needs {needed / 1e9:.0f} GB of a GPU, and {room / 1e9:.0f} of this "
                      f"one's {card() / 1e9:.0f} can be filled; "
@@ -324,18 +343,19 @@ def fitted(s):
 
 
 def card():
-    """Bytes of this process's GPU."""
+    """Bytes of the GPU of this process."""
     place = int(os.environ.get("LOCAL_RANK", 0))
     return torch.cuda.get_device_properties(place).total_memory
 
 
 def need_of_host(s, processes=PROCESSES):
+    """Bytes of host memory at the peak of the run."""
     return max(phase.host for phase in phases(s, processes).values())
 
 
 def host_memory():
-    """Bytes of this machine, or of the container that this runs in; of several machines that share
-    the processes, of all, were they like this one."""
+    """Bytes of this machine or container. If several machines share the processes: of all of them,
+    assuming that they are like this one."""
     try:
         limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -347,8 +367,8 @@ def host_memory():
 
 
 def remedy(s, room, processes=PROCESSES, host=math.inf):
-    """The flags that make a run fit into `room` bytes of a device, and under --offload into `host`
-    of the host, the cheapest first, each added to those before."""
+    """The flags with which a run fits into `room` bytes of a device, and with --offload into `host`
+    bytes of the host. They are tried one after the other, the cheapest first, and added up."""
     tree = trees_of(1, *micro_batch(s)[1:])[0].size.tokens
 
     def fits(run, processes):
@@ -375,14 +395,14 @@ def remedy(s, room, processes=PROCESSES, host=math.inf):
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. What --dry-run prints
+# 3. What --dry-run prints of it
 # ----------------------------------------------------------------------------------------------
 
 FLOPS = {"cuda": 4e14, "cpu": 1e11}  # a second, of matrix products inside a training step
 
 
 def describe(s, prompts):
-    """The lines of the memory plan. prompts: how many there are, or None."""
+    """The lines of the estimate. prompts: how many there are, or None."""
     processes, place = s.processes or PROCESSES, "GPU" if s.device == "cuda" else "process"
     if s.variant:
         return "memory  the toy needs less than 1 GB"
@@ -390,14 +410,14 @@ def describe(s, prompts):
         find_config(s.model)
         table = phases(replace(s, offload=bool(s.offload)), processes)
     except ValueError as reason:
-        return f"memory  no plan: {reason}"
+        return f"memory  no estimate: {reason}"
     cells = [("GB", "weights", "gradient", "optimiser", "activations", "other", place, "host")]
     cells += [(name, *(f"{x / 1e9:.2f}" for x in (
         p.weights, p.gradient, p.optimiser, p.activations, p.other, p.device, p.host)))
         for name, p in table.items()]
     lines = [f"memory  of one {place} of {processes}, and of their host: {s.dtype}"
              f"{', --offload' * bool(s.offload)}; GB are 10^9 bytes"
-             + "; no GPU is here, --device cpu plans for this machine" * (
+             + "; this machine has no GPU, --device cpu estimates for it" * (
                  s.device == "cuda" and not torch.cuda.is_available())]
     lines += ["        " + "".join(f"{x:<12}" for x in row).rstrip() for row in cells]
     return "\n".join(lines + [f"        {line}" for line in notes(s, processes)]
@@ -405,8 +425,8 @@ def describe(s, prompts):
 
 
 def find_config(path):
-    """ValueError, soon, where neither this machine nor the hub has its config.json: the hub's own
-    client would go on trying for half a minute."""
+    """ValueError, quickly, if config.json is not on this machine and the hub cannot be reached. The
+    hub's own client would try for half a minute."""
     from huggingface_hub import constants, try_to_load_from_cache
     if os.path.exists(path) or try_to_load_from_cache(path, "config.json"):
         return
@@ -419,17 +439,17 @@ def find_config(path):
     except OSError as reason:
         raise ValueError(
             f"it needs {path}'s config.json, and the hub cannot be reached ({one_line(reason)}); "
-            "plan it where it can, or put that file into a folder and give --model FOLDER "
-            "(no weights needed)") from None
+            "run this where the hub can be reached, or put that file into a folder and give "
+            "--model FOLDER (no weights needed)") from None
 
 
 def notes(s, processes):
-    """Of what the table adds up, and on which cards it fits."""
+    """What the table's sums contain, and on which GPUs the run fits."""
     vocabulary = weights.load_config(s.model).vocab_size
     cache = sampling(s.model, s.compute, (s.max_prompt_length, s.max_length), s.slots).slots
     other = replace(s, gradient_checkpointing=not s.gradient_checkpointing)
     flag = f"--{'no-' * s.gradient_checkpointing}gradient-checkpointing"
-    yield (f"in it: {s.slots} KV slots {cache / 1e9:.2f}, log-prob chunk "
+    yield (f"of this: {s.slots} KV slots {cache / 1e9:.2f}, log-prob chunk "
            f"{512 * vocabulary * 4 / 1e9:.2f}, judge {judging(s.ranker, s.device)[0] / 1e9:.2f}; "
            f"with {flag} activations of "
            f"{phases(other, processes)['training'].activations / 1e9:.2f}")
@@ -444,9 +464,8 @@ def notes(s, processes):
 
 
 def times(s, prompts, processes):
-    """Hours of one iteration, were every row as long as it may be."""
-    per = min([x for x in (prompts and prompts // s.iterations, s.prompts_per_iteration) if x],
-              default=None)
+    """Lines with the hours of one iteration, if all texts are as long as they may be."""
+    per = prompts_of_iteration(s, prompts)
     if per is None:
         return []
     n = passes(s.model, s.compute, micro_batch(s), bool(s.offload) or processes > 1).weights
@@ -456,16 +475,17 @@ def times(s, prompts, processes):
     training = factor * n * tokens * s.epochs / speed
     if s.offload:  # AdamW reads and writes 28 bytes a weight, 8 more go to the device and back
         training += math.ceil(per / s.batch_size) * s.epochs * 36 * n / 50e9
+    reference = 2 * n * tokens / speed
     new = min(s.max_new_tokens, s.max_length - s.max_prompt_length)
     steps = per * s.responses_per_prompt * new / s.slots / processes
     step = 1e-3 * layers if s.device == "cuda" else 2 * n * s.slots / FLOPS["cpu"]
-    hours = [f"{x / 3600:.1f} h" for x in (training, 2 * n * tokens / speed, steps * step)]
-    lines = ["time    of an iteration, if all rows are full: training {}, reference {}, sampling {}"
-             .format(*hours), f"        at {FLOPS[s.device] / 1e12:g} TFLOP/s, "
-             f"{'50 GB/s of host memory, ' * bool(s.offload)}{step * 1e3:.0f} ms a token of all "
-             "slots: guesses, not measured"]
+    host = "50 GB/s of host memory, " if s.offload else ""
+    lines = [f"time    of an iteration, if all rows are full: training {training / 3600:.1f} h, "
+             f"reference {reference / 3600:.1f} h, sampling {steps * step / 3600:.1f} h",
+             f"        assuming {FLOPS[s.device] / 1e12:g} TFLOP/s, {host}{step * 1e3:.0f} ms a "
+             "token of all slots: guesses, not measured"]
     if s.device == "cuda":
-        lines += ["        (1 ms a layer: plain transformers waits for its launches; at 64 slots a "
-                  "7B model is", "        about an order of magnitude slower than in an engine "
-                  "such as vLLM, see --samples-from)"]
+        lines += ["        (1 ms a layer: plain transformers waits for its kernel launches; at 64",
+                  "        slots a 7B model is about an order of magnitude slower than in an",
+                  "        engine such as vLLM, see --samples-from)"]
     return lines

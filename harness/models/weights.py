@@ -1,4 +1,4 @@
-"""Weights on disk: load a policy in the form that a phase needs, refuse what is not whole, save.
+"""Loads a policy in the form that a phase needs, refuses incomplete weights, and saves a policy.
 
 Test: pytest tests/test_compatibility.py tests/test_gguf.py.
 """
@@ -33,23 +33,24 @@ from model import Policy
 
 @functools.lru_cache(maxsize=1)  # the reference pass and the training after it share one
 def load_policy(path, compute, seed=0):
-    """To train: fp32 master weights; several processes, or --offload, share them out (FSDP2).
-    seed: of what is drawn, LoRA's random half."""
-    load_frozen.cache_clear()  # its memory is needed
+    """A policy to train: fp32 master weights, sharded by FSDP2 over several processes or for
+    --offload. seed: of what is drawn, LoRA's random half."""
+    load_frozen.cache_clear()  # to free its memory
     torch.manual_seed(seed)
     sharded = collect_cycles(compute)
 
     def load():
         return load_model(path, torch.float32, "cpu" if sharded else compute.device,
                           compute.attention)
-    # Process 0 alone holds all weights, and hands them out: eight copies fill a host. The others
-    # tie their head if it has: a file with two matrices is loaded as two, whatever its config says.
+    # Process 0 alone loads all weights, and the others get them from it, because eight copies could
+    # fill a host. The others tie their head if process 0 did: two matrices in the file are loaded
+    # as two, whatever the config says.
     model = failure = None
     try:
         model = load() if PROCESS == 0 else None
     except ValueError as error:
         failure = error
-    distributed.raise_everywhere(failure)  # nobody waits for a slice that never comes
+    distributed.raise_everywhere(failure)  # or the others would wait for ever
     tied = distributed.broadcast(model and is_tied(model))
     model = model or empty_model(path, compute.attention, tied=tied)
     if compute.lora_rank:
@@ -62,16 +63,16 @@ def load_policy(path, compute, seed=0):
 
 @functools.lru_cache(maxsize=2)  # an iteration's policy and the start
 def load_frozen(path, compute, attention):
-    """To sample and to evaluate: weights in the compute dtype, whole on every process."""
+    """A model to sample and to evaluate: in the compute dtype, whole on every process."""
     collect_cycles(compute)
     dtype = torch.bfloat16 if compute.dtype == "bf16" else torch.float32
     return load_model(path, dtype, compute.device, attention)
 
 
 def collect_cycles(compute):
-    """Whether trained policies are under FSDP. Its hooks make cycles, and so do layers that are
-    checkpointed or compiled: what nobody uses any more goes now, for its memory is needed.
-    (Elsewhere it went by itself, and looking takes seconds.)"""
+    """Returns whether trained policies are under FSDP, and frees those that are no longer used.
+    FSDP's hooks make reference cycles, and so do layers that are checkpointed or compiled. (Other
+    policies are freed without the collector, which takes seconds.)"""
     sharded = PROCESSES > 1 or compute.offload
     if sharded or compute.gradient_checkpointing or compute.compile:
         gc.collect()
@@ -79,7 +80,7 @@ def collect_cycles(compute):
 
 
 # ----------------------------------------------------------------------------------------------
-# 2. Loading: refuse what would train something else, and never run code of a model folder
+# 2. Loading: refuse weights that are not the model's, and never run code of a model folder
 # ----------------------------------------------------------------------------------------------
 
 
@@ -91,12 +92,12 @@ def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
     try:
         name, options = _source(path)
         config = _model_config(name, options)
-        # Straight to a GPU: eight processes with a copy each on its way there fill a host.
+        # Straight to a GPU, because eight copies in host memory could fill it.
         place = torch.device(device)
-        if place == torch.device("cuda"):  # which of them is this process's
+        if place == torch.device("cuda"):  # the GPU of this process
             place = torch.device("cuda", torch.cuda.current_device())
         place = {} if place.type == "cpu" else {"device_map": {"": place}}
-        # ignore_mismatched_sizes: to name the tensors, where transformers only says that some are.
+        # ignore_mismatched_sizes: so that _check_weights can name the tensors.
         model, info = _auto_class(config, options).from_pretrained(
             name, **options, **place, dtype=dtype, attn_implementation="eager",
             use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -106,22 +107,22 @@ def load_model(path, dtype=torch.float32, device="cpu", attention="selm_tree"):
                          f"({type(error).__name__}: {one_line(error)})") from None
     # Two matrices in the file are loaded as two, even where the config says that they are tied.
     model.config.get_text_config().tie_word_embeddings = is_tied(model)
-    if "gguf_file" in options:  # else transformers refuses to save what was quantised once
+    if "gguf_file" in options:  # or transformers would refuse to save it, as it was quantised
         model.is_quantized, model.hf_quantizer = False, None
         for name in ("quantization_config", "_pre_quantization_dtype"):
             vars(model.config).pop(name, None)
     if not model.generation_config.do_sample:
-        # Many hub models say "greedy, temperature 0.6"; save_pretrained would refuse that, but only
-        # after the training.
+        # Many hub models say "greedy, temperature 0.6". save_pretrained would refuse that after the
+        # training.
         for name in ("temperature", "top_p", "top_k"):
             setattr(model.generation_config, name, None)
     return _ready(model.to(device), attention)
 
 
 def empty_model(path, attention, dtype=torch.float32, tied=None):
-    """The same architecture with weights that hold nothing: memory that is promised and, as nobody
-    touches it, never given. Buffers are computed as in a real one. tied: whether head and
-    embeddings are one matrix; None: what the config says."""
+    """The same architecture with uninitialised weights, for which the system provides no memory
+    before they are written. Buffers are computed as usual. tied: whether head and embeddings are
+    one matrix; None: what the config says."""
     name, options = _source(path)
     config = _model_config(name, options)
     if tied is not None:
@@ -140,8 +141,8 @@ def is_tied(model):
 
 
 def check_saved_form(model, path):
-    """ValueError where a policy of this model could not be loaded again: transformers may load
-    weights in another form than a fresh model of the config has (gpt-oss from MXFP4)."""
+    """ValueError if a saved policy of this model could not be loaded: transformers may load weights
+    in another form than a new model of the same config has (gpt-oss from MXFP4)."""
     ours, fresh = ({name: tuple(value.shape) for name, value in m.state_dict().items()}
                    for m in (model, empty_model(path, "eager", tied=is_tied(model))))
     other = sorted(name for name in {*ours, *fresh} if ours.get(name) != fresh.get(name))
@@ -157,13 +158,13 @@ def _ready(model, attention):
     model.set_attn_implementation(attention)
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
-        config.output_router_logits = False  # a loss for training from scratch; breaks on our masks
+        config.output_router_logits = False  # for a loss that we do not use; fails with our masks
     return model.eval()
 
 
 def stored_dtype(path):
     """The widest floating dtype of a model's weights on disk: float32, bfloat16 or float16. Read
-    off the weights, for a config.json may say anything."""
+    from the weights, because config.json may be wrong."""
     folder = Path(path) if Path(path).exists() else Path(cached_file(path, "config.json")).parent
     found = set()
     for file in folder.glob("*.safetensors"):
@@ -174,8 +175,8 @@ def stored_dtype(path):
 
 
 def load_config(path):
-    """The configuration of the text model that load_model would load. Errors: ValueError, also for
-    stop ids that cannot be read."""
+    """The configuration of the text model that load_model would load. ValueError if that or its
+    stop ids cannot be read."""
     try:
         config = _model_config(*_source(path)).get_text_config()
         for named in (config, _generation_config(path)):
@@ -187,8 +188,8 @@ def load_config(path):
 
 
 def model_stop_ids(model):
-    """The ids that end a text by the model's own configurations, a set. model: a loaded one, or
-    what --model names. ValueError where a configuration is damaged: its ids would be lost."""
+    """The set of ids that end a text, by the model's own configurations. model: a loaded one, or
+    the value of --model. ValueError if a configuration is damaged, as its ids would be lost."""
     if isinstance(model, PreTrainedModel):
         configs = [model.config.get_text_config(), model.generation_config]
     else:
@@ -201,13 +202,13 @@ def _stop_ids_of(config):
     ids = set(named if isinstance(named, (list, tuple)) else [named]) - {None}
     if wrong := [i for i in ids if type(i) is not int]:
         raise ValueError(f"eos_token_id {wrong[0]!r} of {type(config).__name__} is no token id; "
-                         "mend it in the model's folder")
+                         "correct it in the model's folder")
     return ids
 
 
 def _generation_config(path):
-    """What generation_config.json says, or None where the model has no such file. transformers
-    takes a damaged file for a missing one. Errors: ValueError."""
+    """generation_config.json, or None if the model has no such file. ValueError if it is damaged:
+    transformers would treat it as missing."""
     file = None
     if not str(path).endswith(".gguf"):
         with suppress(OSError):  # an optional file
@@ -217,7 +218,8 @@ def _generation_config(path):
 
 
 def _json_object(file):
-    """A JSON file of a model's folder. ValueError that names it where it holds no object."""
+    """The object in a JSON file of a model's folder. ValueError, with the file's name, if there is
+    none."""
     try:
         value = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -229,8 +231,9 @@ def _json_object(file):
 
 
 def _source(path):
-    """(name, options) for from_pretrained. No code of a model folder is ever run. A pickle would,
-    and without trust_remote_code=False transformers asks, and takes a "y" on stdin for a yes."""
+    """(name, options) for from_pretrained. No code of a model folder is ever run: pickles, which
+    can contain code, are refused, and trust_remote_code=False keeps transformers from asking (it
+    would take a "y" on stdin for a yes)."""
     folder, options = Path(path), {"trust_remote_code": False}
     _check_files(folder)
     if (folder / "adapter_config.json").is_file():
@@ -246,7 +249,7 @@ def _source(path):
 
 
 def _check_files(folder):
-    """ValueError for files of a model's folder that are not what their names say."""
+    """ValueError if a file of a model's folder does not hold what its name says."""
     if not folder.is_dir():
         return
     for file in (*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.model")):
@@ -257,7 +260,7 @@ def _check_files(folder):
 
 
 def _model_config(name, options):
-    """The configuration of a model that can be trained and saved again. Errors: ValueError."""
+    """The configuration. ValueError if its model cannot be trained and saved."""
     config = AutoConfig.from_pretrained(name, **options)
     quantised = getattr(config, "quantization_config", None)
     if quantised and "gguf_file" not in options:  # a .gguf file is unpacked as it is loaded
@@ -266,19 +269,20 @@ def _model_config(name, options):
         raise ValueError(f"its weights are quantised ({method or 'unnamed method'}) and cannot be "
                          "trained; load the unquantised model")
     if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
-        raise ValueError("its config.json says num_hidden_layers 0; mend it")
+        raise ValueError("its config.json says num_hidden_layers 0; correct it")
     return config
 
 
 def _auto_class(config, options):
-    """LLaVA and Qwen2-VL have no causal class of their own; their text model is trained."""
+    """transformers' class that loads it. LLaVA and Qwen2-VL have no causal one; their text model is
+    trained."""
     known = "gguf_file" in options or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
 def _check_weights(model, info):
-    """ValueError where weights do not fit their config: transformers would fill what is missing
-    with random numbers and leave out layers that it does not expect, and only warn."""
+    """ValueError if weights do not fit their config. transformers would only warn, and fill missing
+    weights with random numbers or leave out layers that it does not expect."""
     def kind(name):
         return re.sub(r"\d+", "#", name)
 
@@ -286,7 +290,7 @@ def _check_weights(model, info):
     for fault, names in (
             ("missing", info["missing_keys"]),
             ("of another shape", {name for name, *_ in info["mismatched_keys"]}),
-            # Other surplus (a value head) takes nothing from the model.
+            # Other surplus weights (a value head) do no harm.
             ("too many", {name for name in info["unexpected_keys"] if kind(name) in known})):
         if names:
             raise ValueError(f"its weights do not fit its config.json: {len(names)} {fault}, "
@@ -298,17 +302,17 @@ def _check_weights(model, info):
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. Saving, and small change
+# 3. Saving, and settings of the process
 # ----------------------------------------------------------------------------------------------
 
 
 def save_policy(policy, tokenizer, folder, stop_ids=(), dtype=torch.float32):
-    """Writes a plain Hugging Face folder (LoRA merged in); it appears whole or not at all.
+    """Writes a plain Hugging Face folder (LoRA merged in). It appears complete or not at all.
 
-    stop_ids: what ends a response in our sampler, for plain `model.generate` to end it there too;
-    none: what the model itself names. dtype: of the weights on disk. A sharded policy must be saved
-    by all processes together; the first one writes. FloatingPointError, OSError: on all of them,
-    and the old folder stays.
+    stop_ids: the ids that end a response in our sampler, so that plain `model.generate` ends there
+    too; empty: those that the model names. dtype: of the weights on disk. All processes must save a
+    sharded policy together, and the first one writes. FloatingPointError or OSError: on all of
+    them, and the old folder stays.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     sharded = any(hasattr(p, "full_tensor") for p in policy.parameters())  # DTensors
@@ -332,7 +336,7 @@ def save_policy(policy, tokenizer, folder, stop_ids=(), dtype=torch.float32):
 
 
 def _write_policy(model, state, tokenizer, folder, dtype):
-    """Returns the error that stopped it, or None."""
+    """Returns the error that stopped the writing, or None."""
     bad = [name for name, value in state.items() if not value.isfinite().all()]
     if bad:
         return FloatingPointError(f"{len(bad)} weight tensors are not finite after training, "
@@ -353,17 +357,17 @@ def _write_policy(model, state, tokenizer, folder, dtype):
         return OSError(f"{folder} could not be saved ({one_line(error)}); what was there stays. "
                        "Free some space and run the same command again")
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # half a policy may be what fills the disk
+        shutil.rmtree(temporary, ignore_errors=True)  # half a policy may fill the disk
 
 
 def spare_housekeeping():
-    """Two settings of this process, for speed alone.
+    """Changes two settings of this process, for speed alone.
 
-    Python's collector looks for cycles once in 20,000 new objects, not in 700: each look walks
-    through every young list of token ids (a tenth of ranking's time).
-    glibc (CPU, Linux) keeps freed memory for the next micro-batch: it gives large blocks back at
-    once by default, and the next layer's activations are faulted in again page by page (several
-    percent of a training step).
+    Python's collector looks for reference cycles every 20,000 new objects instead of every 700. It
+    would visit every young list of token ids each time (a tenth of ranking's time).
+    glibc (CPU, Linux) keeps freed memory for the next micro-batch. By default it returns large
+    blocks to the system, and the next layer's activations cause page faults again (several percent
+    of a training step).
     """
     gc.set_threshold(20_000)
     try:
@@ -371,4 +375,4 @@ def spare_housekeeping():
     except (OSError, AttributeError):
         return
     mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks

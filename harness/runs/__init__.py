@@ -1,1 +1,1 @@
-"""A run: its settings, what is refused before it, its folder, its commands and its report."""
+"""A run: settings, checks before it, its folder, exits, trackers, report, figures, commands."""

@@ -1,8 +1,8 @@
-"""Figures from the files that a run leaves; no number here that is not in them.
+"""Draws the figures of a run from its files.
 
-    python -m harness.runs.plots runs/toy  draws the figures of a run, its baseline and its seeds
+    python -m harness.runs.plots runs/toy    draws them again, with the baseline and all seeds
 
-evaluation.png  held-out measures by iteration, alpha = 0 beside them
+evaluation.png  held-out measures by iteration, with alpha = 0 for comparison
 rewards.png     distribution of the judge's scores by iteration (Fig. 3 of arXiv 2405.19332)
 duels.png       every iteration against every other, by the judge (its Fig. 2)
 implicit.png    implicit reward of the data's responses, SELM minus DPO, sorted (its Fig. 4)
@@ -29,7 +29,7 @@ from harness.runs.run_reader import (  # noqa: E402
 from harness.runs.settings import as_path  # noqa: E402
 
 plt.rcParams["text.parse_math"] = False  # a judge's file may have dollar signs in its name
-# Two colours that stay apart for colour-blind eyes and in grey; SELM is always the first.
+# Two colours that colour-blind readers can tell apart, and that differ in grey.
 COLOURS = {"SELM": "#d1495b", "DPO": "#30638e"}
 TRAIN_PANELS = {"loss": "loss (DPO + optimism)", "accuracy": "preference accuracy",
                 "reward_margin": "implicit reward margin, beta x nats",
@@ -39,13 +39,13 @@ SHARES = ("win_rate", "win_rate_at_temperature_1", "lc_win_rate", "preference_ac
 PANELS = ("true_reward", "score", "score_at_temperature_1", "win_rate", "win_rate_at_temperature_1",
           "lc_win_rate", "preference_accuracy", "response_tokens", "finished", "logratio_to_start",
           "true_share_good", "true_coverage", "true_entropy", "true_kl")
-# Of two words they say nothing, or what true measures say better.
+# Left out for the toy: they mean nothing for answers of two words, or a true measure is better.
 NOT_THE_TOYS = ("score_at_temperature_1", "lc_win_rate", "preference_accuracy", "response_tokens",
                 "finished", "logratio_to_start")
 
 
 def draw_all(runs, folder):
-    """[(arm name, run folder)] -> the figures' paths; what a run has no numbers for is left out."""
+    """[(arm name, run folder)] -> the figures' paths. A figure without numbers is left out."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [draw(runs, folder / f"{name}.png") for name, draw in (
@@ -55,16 +55,16 @@ def draw_all(runs, folder):
 
 
 # ----------------------------------------------------------------------------------------------
-# 1. What the files of a run say
+# 1. The numbers in the files of a run
 # ----------------------------------------------------------------------------------------------
 
 
 def scores_by_iteration(runs):
-    """{whose: {iteration: {arm: the judge's scores}}}, seeds together: of held-out answers, and of
-    those at temperature 1; in a run without held-out prompts of the samples that it trained on.
+    """{whose: {iteration: {arm: the judge's scores}}}, of all seeds: of held-out answers, and of
+    those at temperature 1. Without held-out prompts: of the samples that the run trained on.
 
-    Each is scored in one list with the data's two responses: also PairRM's scores, which compare
-    candidates of a prompt, have the same opponents in every iteration."""
+    Each answer was scored in one list with the data's two responses. So PairRM's scores, which
+    compare the candidates of a prompt, have the same opponents in every iteration."""
     found, heat = {}, settings_of(runs[0][1])["temperature"]
 
     def add(whose, k, arm, scores):
@@ -84,11 +84,11 @@ def scores_by_iteration(runs):
 
 
 def duel_results(runs):
-    """{(player, opponent): wins, one a held-out prompt and seed}; both ways, ties are halves. A
-    player is (arm, iteration), the start ("", 0)."""
+    """{(player, opponent): results}, in both orders: for each held-out prompt and seed 1 (a win),
+    0, or 1/2 (a tie). A player is (arm, iteration); the start is ("", 0)."""
     found = {}
     for arm, folder in runs:
-        def player(name):  # a path below the seed's folder
+        def player(name):  # name: a path relative to the seed's folder
             place, _, k = name.rpartition("iter_")
             return ("", 0) if name == "start" else (
                 "DPO" if place else arm if folder == home_of(folder) else "SELM", int(k))
@@ -103,8 +103,8 @@ def duel_results(runs):
 
 
 def implicit_differences(runs):
-    """{iteration: {"data_chosen": differences, "data_rejected": ...}}: the implicit reward beta *
-    log(pi / pi_start) under SELM minus that under DPO, prompt by prompt; pi_start cancels."""
+    """{iteration: {"data_chosen": differences, "data_rejected": ...}}: for each prompt the implicit
+    reward beta * log(pi / pi_start) of SELM minus that of DPO. pi_start cancels."""
     folders, found = [folder for _, folder in runs], {}
     for home in folders:
         if home / "baseline" not in folders:
@@ -127,6 +127,7 @@ def implicit_differences(runs):
 
 
 def grid(panels, columns=3, width=3.6, height=2.7, **options):
+    """A figure with a panel for each {key: title} -> figure, {key: axis}."""
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows + 0.9),
@@ -141,6 +142,7 @@ def grid(panels, columns=3, width=3.6, height=2.7, **options):
 
 
 def save(figure, path, title):
+    """Adds title and legend, and writes the file."""
     handles = {h.get_label(): h for axis in figure.axes
                for h in axis.get_legend_handles_labels()[0]}
     if handles:
@@ -153,7 +155,7 @@ def save(figure, path, title):
 
 
 def draw_evaluation(runs, path):
-    """Held-out figures by iteration, mean and 95 % interval over seeds; None without evaluation."""
+    """Held-out measures by iteration, with 95 % intervals; None without evaluation."""
     by_arm = {}
     for arm, folder in runs:
         by_arm.setdefault(arm, []).append({r["iteration"]: r for r in rows_of(folder, "eval")})
@@ -169,7 +171,7 @@ def draw_evaluation(runs, path):
             draw_curve(axis, column, curves, shift, label=arm, color=COLOURS[arm])
         if "win_rate" in column:
             axis.axhline(0.5, color="grey", linewidth=0.7, linestyle=":")
-        if column in SHARES:  # an interval over two or three seeds knows no bounds
+        if column in SHARES:  # an interval over two or three seeds may go beyond 0 or 1
             axis.set_ylim(*np.clip(axis.get_ylim(), -0.02, 1.02))
     seeds, settings = max(map(len, by_arm.values())), settings_of(runs[0][1])
     return save(figure, path, f"{rows[0].get('prompts', '?')} held-out prompts, judge "
@@ -185,7 +187,7 @@ def draw_curve(axis, column, curves, shift, **style):
     points = [mean_interval([c[i][column] for c in curves if i in c]) for i in iterations]
     means, widths = zip(*points)
     widths = [widths, widths]
-    if len(curves) == 1:  # over prompts, where that is known
+    if len(curves) == 1:  # an interval over prompts, if the rows have one
         only = [curves[0][i] for i in iterations]
         widths = [[abs(row.get(f"{column}_{end}", row[column]) - row[column])
                    for row in only] for end in ("low", "high")]
@@ -196,7 +198,7 @@ def draw_curve(axis, column, curves, shift, **style):
 
 
 def draw_rewards(runs, path):
-    """Histograms of the judge's scores, an iteration below the other."""
+    """Histograms of the judge's scores, one row of panels for each iteration."""
     found = scores_by_iteration(runs)
     if not found:
         return None
@@ -210,7 +212,7 @@ def draw_rewards(runs, path):
                         sharex=True, sharey=True)
     for (k, whose), axis in axes.items():
         arms = found[whose].get(k, {})
-        if k == start:  # the same for all
+        if k == start:  # the same for all arms
             arms = {"start": arms[runs[0][0]]}
         for arm, values in arms.items():
             colour = COLOURS.get(arm, "grey")
@@ -223,11 +225,11 @@ def draw_rewards(runs, path):
     n = max(len(v) for kind in found.values() for arms in kind.values() for v in arms.values())
     judge = short(judge_of(settings_of(runs[0][1])))
     return save(figure, path, f"Distribution of the judge's scores by iteration, judge {judge}\n"
-                f"{n} answers an arm and iteration, all seeds together")
+                f"{n} answers of each arm and iteration, all seeds together")
 
 
 def draw_duels(runs, path):
-    """A matrix of win rates, row against column; white where two never met."""
+    """A matrix of win rates, row against column; a cell without duels is white."""
     found = duel_results(runs)
     if not found:
         return None
@@ -250,7 +252,7 @@ def draw_duels(runs, path):
 
 
 def draw_implicit(runs, path):
-    """Sorted differences of implicit rewards, a panel an iteration; None without a baseline."""
+    """Sorted differences of implicit rewards, a panel for each iteration; None without baseline."""
     found = implicit_differences(runs)
     if not found:
         return None
@@ -270,7 +272,7 @@ def draw_implicit(runs, path):
 
 
 def draw_training(runs, path):
-    """Every update of every run, iterations one after the other; thin lines are seeds."""
+    """Every update of every run, all iterations in a row; one line for each seed."""
     panels = {name: title for name, title in TRAIN_PANELS.items()
               if any(name in row for _, folder in runs for row in rows_of(folder, "train"))}
     if not panels:
@@ -287,8 +289,8 @@ def draw_training(runs, path):
         axis.set_xlabel("update", fontsize=8)
         for border in borders:
             axis.axvline(border - 0.5, color="grey", linewidth=0.6, linestyle=":")
-    return save(figure, path, "Training, means over the batch of an update: one line a seed; "
-                "dotted: a new iteration")
+    return save(figure, path, "Training, means over the batch of an update: one line for each "
+                "seed; dotted: a new iteration")
 
 
 def short(name):
@@ -297,8 +299,8 @@ def short(name):
 
 
 def command_line(prog, makes, argv=None):
-    """(folder, its runs) of a command whose only argument is a run's folder."""
-    parser = argparse.ArgumentParser(prog=f"python -m harness.{prog}",
+    """(folder, its runs) of a command whose only argument is the folder of a run."""
+    parser = argparse.ArgumentParser(prog=f"python -m harness.runs.{prog}",
                                      description=f"Makes {makes} of a run again.")
     parser.add_argument("folder", metavar="RUN_DIR", type=as_path, help="what train_loop.py wrote")
     folder = Path(parser.parse_args(argv).folder)

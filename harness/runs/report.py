@@ -1,8 +1,7 @@
-"""What a run says about itself, from its files alone: summary lines, warnings, the final table.
+"""The report of a run, made from its files alone: summary lines, warnings, the final table.
 
-Reads metrics.jsonl and eval.jsonl of a run folder; computes no log-prob and trains nothing. The
-warnings are the failure signatures that the paper and its reproductions report, each with the
-figure that raised it and what to try.
+Reads metrics.jsonl and eval.jsonl of a run folder. The warnings are the signs of failure that the
+paper and its reproductions report, each with the number that caused it and what to try.
 
 Test: pytest tests/test_report.py.
 """
@@ -14,7 +13,7 @@ from harness.runs.output_files import write_text
 from harness.runs.run_record import METRICS
 from harness.runs.run_reader import config_of, finished_rows, rows_of
 
-# name in metrics.jsonl -> heading. The toy's come last: a real run cannot know them.
+# name in metrics.jsonl -> heading. The last six exist in the toy world only.
 EVAL_COLUMNS = {
     "score": "judge's score", "win_rate": "win rate against the start",
     "lc_win_rate": "win rate at equal lengths",
@@ -26,10 +25,10 @@ EVAL_COLUMNS = {
     "true_reward": "true reward", "true_share_good": "true reward > 0.75",
     "true_coverage": "words in use", "true_entropy": "entropy, nats",
     "true_kl": "KL from the start, nats", "true_invalid": "invalid replies"}
-# Of two words they say nothing, or what true measures say better.
+# Left out for the toy: they mean nothing for answers of two words, or a true measure is better.
 NOT_THE_TOYS = ("score", "score_at_temperature_1", "lc_win_rate", "preference_accuracy",
                 "response_tokens", "finished")
-STUCK = 0.05  # nats: what an answer's log-prob moves by where an iteration has taught nothing
+STUCK = 0.05  # nats: smaller changes of answers' log-probs mean that nothing was learned
 
 
 # ----------------------------------------------------------------------------------------------
@@ -38,7 +37,7 @@ STUCK = 0.05  # nats: what an answer's log-prob moves by where an iteration has 
 
 
 def summary(folder, iteration):
-    """The lines to print after an iteration: one of figures, one for each warning."""
+    """The lines to print after an iteration: one with numbers, and one for each warning."""
     ranks, evals = ({row["iteration"]: row for row in rows_of(folder, phase)}
                     for phase in ("rank", "eval"))
     counts = ranks[iteration]
@@ -68,8 +67,8 @@ def summary(folder, iteration):
 
 
 def warnings_of(counts, before, updates, evaluated):
-    """The paper's failure signatures that an iteration shows, one sentence each. counts, before:
-    "rank" rows of this iteration and the last (or None); evaluated: its "eval" row, or {}."""
+    """The signs of failure that an iteration shows, one sentence each. counts, before: the "rank"
+    rows of this iteration and the last (or None). evaluated: its "eval" row, or {}."""
     tail = updates[-max(1, len(updates) // 5):]
     mean = lambda name: sum(r.get(name, 0.0) for r in tail) / len(tail)  # noqa: E731
     tokens = counts["tokens"] / max(1, counts["sampled"])
@@ -79,13 +78,13 @@ def warnings_of(counts, before, updates, evaluated):
                f"{mean('accuracy'):.2f}; lower --alpha")
     share = next((row["optimism_share"] for row in updates if "optimism_share" in row), None)
     if share is not None and share < 1e-3:
-        yield (f"optimism is {share:.2g} of the first update's gradient, too little to be seen: "
-               f"the run is one of --alpha 0; a share of 0.1 takes "
-               f"{0.1 / max(share, 1e-12):.2g} times this alpha")
-    elif share is not None and share > 0.5:  # above 1 only where the two point apart, and cancel
+        yield (f"optimism is {share:.2g} of the first update's gradient, too little to matter: the "
+               "run is like one with --alpha 0; for a share of 0.1 multiply alpha by "
+               f"{0.1 / max(share, 1e-12):.2g}")
+    elif share is not None and share > 0.5:  # above 1 only if the two gradients partly cancel
         yield (f"optimism is {share:.0%} of the first update's gradient"
-               f"{' and pulls against the preferences' if share > 1 else ', no small part'}; for a "
-               "share of about 0.1 lower --alpha, tenfold at a time")
+               f"{' and opposes the preferences' if share > 1 else ', a large part'}; for a share "
+               "of about 0.1 lower --alpha, tenfold at a time")
     if counts["cut"] > 0.3 * max(1, counts["sampled"]):
         flag = "--max-length" if counts["cut_by_max_length"] > counts["cut"] / 2 else (
             "--max-new-tokens")
@@ -109,8 +108,8 @@ def warnings_of(counts, before, updates, evaluated):
 
 
 def standstill(folder, iteration):
-    """A warning if nearly all held-out answers are those of the iteration before, and as likely as
-    before: a greedy answer may stay the likeliest one while the policy learns."""
+    """A warning if nearly all held-out answers and their log-probs are those of the iteration
+    before. (The answers alone do not show it: a greedy answer may stay while the policy learns.)"""
     def answers(k):
         path = Path(folder) / f"iter_{k}" / "eval.jsonl"
         return {row["prompt_id"]: (row["response"], row["policy_logps"][2])
@@ -139,10 +138,10 @@ def table(runs):
 
 
 def table_cells(runs):
-    """The heading and the rows of the table, cells as text; [] where nothing was evaluated.
+    """The heading and the rows of the table, cells as text; [] if nothing was evaluated.
 
-    Several runs of an arm (seeds): the interval is over runs, by Student's t. One run: over its
-    evaluation prompts, for what is measured a prompt.
+    With several runs of an arm (seeds), the interval is over runs, by Student's t. With one run it
+    is over the evaluation prompts, for measures that each prompt has.
     """
     values = {}  # (arm, iteration) -> rows
     for name, folder in runs:
@@ -161,7 +160,7 @@ def table_cells(runs):
 
 
 def notes(runs):
-    """What the table's intervals are, and what they are not."""
+    """Sentences on the table's intervals."""
     rows = [row for _, folder in runs for row in rows_of(folder, "eval")]
     seeds = max(sum(name == other for other, _ in runs) for name, _ in runs)
     yield (f"±: half width of the 95 % interval over {seeds} seeds." if seeds > 1 else
@@ -169,31 +168,31 @@ def notes(runs):
     distinct = [row["distinct_answers"] for row in rows if "distinct_answers" in row]
     if distinct and min(distinct) < rows[0]["prompts"] / 2:
         yield (f"The {rows[0]['prompts']} held-out prompts got {min(distinct)} to "
-               f"{max(distinct)} distinct answers an iteration: their duels are no independent "
-               "trials, intervals over prompts are too narrow, and a win rate moves in jumps.")
+               f"{max(distinct)} distinct answers in an iteration: their duels are not independent "
+               "trials, so intervals over prompts are too narrow, and win rates change in jumps.")
 
 
 def judge_of(settings):
-    """The judge of the held-out answers, by name; settings: those of config.json."""
+    """The name of the judge of the held-out answers. settings: those of config.json."""
     return settings.get("eval_ranker") or settings["ranker"]
 
 
 def judged(settings):
-    """A sentence on who judged the held-out answers, and what that is worth."""
+    """A sentence on who judged the held-out answers, and what the scores mean therefore."""
     name, ranker = judge_of(settings), settings["ranker"]
     if name != ranker:
-        return (f"Held-out answers were judged by `{name}`, which training never saw; the pairs to "
-                f"train on were chosen by `{ranker}`.")
+        return (f"Held-out answers were judged by `{name}`, which training did not use; `{ranker}` "
+                "chose the pairs to train on.")
     if ranker == "oracle":
         return ("Held-out answers were judged by the toy world's true reward, which also chose the "
                 "pairs to train on.")
     return (f"Held-out answers were judged by `{name}`, which also chose the pairs to train on: "
-            "scores and win rates say how well the policy pleases it, not how good it is. "
-            "--eval-ranker takes another judge.")
+            "scores and win rates say how well the policy pleases this judge, not how good the "
+            "policy is. --eval-ranker takes another judge.")
 
 
 def cell(rows, column):
-    """One figure with its interval: over rows (seeds), or over prompts where there is one row."""
+    """One number with its interval: over rows (seeds), or over prompts if there is one row."""
     mean, width = mean_interval([row[column] for row in rows])
     if len(rows) > 1:
         return f"{mean:.3g} ± {width:.2g}"

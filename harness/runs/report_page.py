@@ -1,11 +1,11 @@
-"""report.html: one page in which a person looks at the data of a run: table, warnings, figures, and
-prompt by prompt the candidates and the answers. No network, no server, no build.
+"""Writes report.html, a page to read a run: its table, warnings and figures, and for each prompt
+the candidates and the answers. The page needs no network and no server.
 
-    python -m harness.runs.report_page runs/toy   writes the page and the figures of a run again
+    python -m harness.runs.report_page runs/toy    writes the page (and draws the figures) again
 
-A model's output is never markup: jinja2 escapes every text, and a content security policy keeps the
-page from running or loading anything but its own script, whose checksum it names. The page stays
-small: texts are cut, and prompts left out, with a word on how many.
+jinja2 escapes every text, so a model's output is never markup. A content security policy allows the
+page to run its own script only, whose checksum it contains. To keep the page small, long texts are
+cut and prompts left out; the page says how many.
 
 Test: pytest tests/test_report_page.py.
 """
@@ -58,9 +58,9 @@ def summaries(folder):
 
 
 def sections(runs):
-    """Held-out prompts, then the candidates of every arm's iterations. A section: title, note,
-    file, total, rows; a row: prompt, meta, order and change (what it is sorted by), cells; a cell:
-    who, meta, role, text."""
+    """Held-out prompts, then the candidates of each arm and iteration. A section has title, note,
+    file, total and rows; a row has prompt, meta, cells, and order and change to sort by; a cell has
+    who, meta, role and text."""
     found, answers = [], {}
     for arm, folder in runs:
         for k, rows in by_iteration(folder, "eval.jsonl").items():
@@ -74,8 +74,8 @@ def sections(runs):
         found.insert(0, {
             "title": "Held-out prompts: the answer of every iteration",
             "file": answers["start"].path, "total": len(answers["start"]),
-            "note": "Score: the judge's, in one list with the data's two responses. Log-ratio: log "
-                    "pi(y|x) / pi_start(y|x), in nats.",
+            "note": "Score: by the judge, in one list with the data's two responses. Log-ratio: "
+                    "log pi(y|x) / pi_start(y|x), in nats.",
             "rows": sorted(held_out_rows(answers), key=lambda row: -row["change"])})
     for section in found:
         section["rows"] = list(up_to(BYTES // len(found), section["rows"]))
@@ -83,7 +83,7 @@ def sections(runs):
 
 
 def up_to(size, rows):
-    """The rows whose markup fits into `size` bytes, about."""
+    """The first rows, as many as fit into about `size` bytes of markup."""
     for row in rows:
         texts = [row["prompt"], *(cell["text"] for cell in row["cells"])]
         size -= sum(300 + len(escape(printable(text)).encode()) for text in texts)
@@ -114,8 +114,8 @@ def candidate_rows(pairs):
 
 
 def held_out_rows(answers):
-    """{"start" or arm and iteration: Rows of its eval.jsonl} -> a row a prompt; change: the largest
-    one of the score against the start, in any iteration."""
+    """{"start" or arm and iteration: rows of its eval.jsonl} -> a row for each prompt. change: the
+    largest difference of a score from the start's, in any iteration."""
     for order, start in enumerate(answers["start"]):
         cells, changes = [], []
         for who, rows in answers.items():
@@ -129,7 +129,7 @@ def held_out_rows(answers):
 
 
 def answer_cell(who, row, before):
-    """One policy's answer; before: the cells to the left, to say "the same" where it is."""
+    """One policy's answer. before: the cells to the left; the first one with this text is named."""
     ratio = row["policy_logps"][2] - row["start_logps"][2]
     meta = [f"score {row['scores'][2]:.4g}", f"log-ratio {ratio:+.2f}",
             f"{len(row['ids'])} tokens" + ("" if row["finished"] else ", cut: no end token")]
@@ -140,19 +140,20 @@ def answer_cell(who, row, before):
 
 
 def prompt_text(messages):
-    """A single user turn as it is, several with their roles."""
+    """A single user turn without its role, several turns with their roles."""
     if [turn["role"] for turn in messages] == ["user"]:
         return cut(messages[0]["content"])
     return cut("\n".join(f"[{turn['role']}] {turn['content']}" for turn in messages))
 
 
 def cut(text):
+    """The text, or its beginning and the number of characters that are left out."""
     over = len(text) - CHARACTERS
     return text if over <= 0 else f"{text[:CHARACTERS]} ... ({over} more characters)"
 
 
 def main(argv=None):
-    folder, found = plots.command_line("page", "report.html", argv)
+    folder, found = plots.command_line("report_page", "report.html", argv)
     write(found, folder / "report.html", plots.draw_all(found, folder / "figures"))
     print(folder / "report.html")
 

@@ -40,18 +40,18 @@ RECIPES = {
         model="HuggingFaceH4/mistral-7b-sft-beta", iterations=4, offline_first=True, batch_size=256,
         lr=(5e-7, 5e-7, 5e-7, 1e-7)),
     "llama-3-8b-instruct": PAPER | dict(model="meta-llama/Meta-Llama-3-8B-Instruct", alpha=1e-4),
-    # Phi-3 has a key and value for every head: 0.4 MB of cache a token, three times the others'.
+    # Phi-3 has a key and value for every head: 0.4 MB of cache for each token, three times as much.
     "phi-3-mini": PAPER | dict(model="microsoft/Phi-3-mini-4k-instruct", slots=32),
-    # Not in the paper: small enough for one CPU. Also what an unnamed model gets.
+    # Not in the paper: small enough for one CPU. Also the settings of a model without a recipe.
     "smollm2-135m": PAPER | dict(
         model="HuggingFaceTB/SmolLM2-135M-Instruct", lr=(1e-6,), batch_size=16, max_length=512,
         max_prompt_length=256, max_new_tokens=256, slots=16, tokens_per_forward=2048,
         gradient_checkpointing=False, eval_prompts=32, beta=0.1),
-    # The toy: a large Adam eps keeps steps proportional to the gradient; with 1e-8 the tiny model
-    # is thrown out of its language. alpha is large, or nothing would be seen (README). The learning
-    # rate falls from iteration to iteration, as the paper's does: at a constant 6e-3 and alpha 0.3
-    # some seeds lose their language, and which ones depends on the processor's rounding
-    # (experiments/checks/breakdown.py).
+    # The toy. A large Adam eps keeps steps proportional to the gradient; with 1e-8 the tiny model
+    # stops writing valid answers. alpha is large, because a smaller one has no visible effect
+    # (README). The learning rate falls from iteration to iteration, as the paper's does: at a
+    # constant 6e-3 and alpha 0.3 some seeds stop writing valid answers, and which ones depends on
+    # the processor's rounding (experiments/checks/breakdown.py).
     "toy": PAPER | dict(
         model=None, data=None, ranker="oracle", alpha=0.1, beta=1.0, lr=(6e-3, 3.6e-3, 1.2e-3),
         batch_size=32,
@@ -133,7 +133,7 @@ class Batching:
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in which form a policy runs."""
+    """The device of a policy, and how it computes there."""
     device: str
     dtype: str  # "fp32", or "bf16": autocast over fp32 master weights
     gradient_checkpointing: bool
@@ -144,7 +144,7 @@ class Compute:
 
     @property
     def attention(self):
-        """Of training: ours (model.py), or transformers' most faithful for --plain-rows."""
+        """The attention of training: ours (model.py); for --plain-rows transformers' eager."""
         return "eager" if self.plain_rows else "selm_tree"
 
 
