@@ -255,7 +255,7 @@ MUTANTS = [
      "tests/test_judges.py"
      "::test_a_score_too_large_to_be_averaged_is_refused_and_smaller_ones_are_not"),
     ("paid answers of a call that fails are asked for again", "harness/judging/judges.py",
-     "if kept.scores.get(one[1]) is None:",
+     "if kept.scores.get(question.key) is None:",
      "if True:",
      "tests/test_judges.py"
      "::test_an_answer_that_was_paid_for_is_never_asked_for_again"),
