@@ -1010,7 +1010,7 @@ def test_a_bad_line_is_named_and_an_old_output_stays(tmp_path, rank, make_judge)
              ('{"prompt": "Why?", "candidates": [1]}', "line 2: candidates"),
              ('{"prompt": "\\ud800", "candidates": ["a"]}', "line 2: half a surrogate"),
              ('{"prompt": "?", "candidates": ["a"], "x": "\\udfff"}', "line 2: half a surrogate"),
-             ('{"prompt": "?", "candidates": ["a"], "candidates": ["b"]}', "'candidates' stands"),
+             ('{"prompt": "?", "candidates": ["a"], "candidates": ["b"]}', "'candidates' occurs"),
              ("[" * 100_000, "line 2: not valid JSON"),
              ('{"prompt_id": "bad", "prompt": "?", "candidates": ["a"]}', "prompt_id line 1")]
     for line, message in cases:
