@@ -78,7 +78,7 @@ GOOD = {"prompt_id": "1", "samples": [{"text": "x", "finished": True}]}
 
 
 @pytest.mark.parametrize("line, words", [
-    (json.dumps(GOOD), "line 2: prompt_id 1 stands there twice"), ("{", "line 2: not valid JSON"),
+    (json.dumps(GOOD), "line 2: prompt_id 1 occurs twice"), ("{", "line 2: not valid JSON"),
     ("[]", "line 2: expected an object"), ('{"prompt_id": "2"}', "line 2: expected an object"),
     ('{"prompt_id": "2", "samples": []}', "line 2: 0 samples; --responses-per-prompt is 1"),
     ('{"prompt_id": "2", "samples": ["x"]}', "line 2: a sample must be"),
@@ -156,8 +156,8 @@ FINE = [{"ids": [70, 71], "finished": False}] * 4
     ([70, -1], False, "id -1 is not in the policy's vocabulary of 384"),
     ([384], False, "id 384 is not in the policy's vocabulary"),
     ([70] * 7, False, "7 ids; its max_new_tokens is 6"),
-    ([70, "end", 71], False, "go on after a stop token; stop at one of"),
-    ([70, "end", "end"], True, "go on after a stop token; stop at one of"),
+    ([70, "end", 71], False, "continue after a stop token; stop at one of"),
+    ([70, "end", "end"], True, "continue after a stop token; stop at one of"),
     ([70, 71], True, "finished, but the last id, 71, is no stop token; .* keep it"),
     ([70] * 6, True, "finished, but the last id"),
     ([70, "end"], False, "not finished, but the last id is a stop token"),
@@ -241,7 +241,7 @@ def test_a_prompt_without_a_sample_is_refused_before_anything_is_written(command
 @pytest.mark.parametrize("flags, words", [
     ("--seeds 2 --no-baseline --samples-from {k}", "one arm"),
     ("--seeds 1 --baseline --samples-from {k}", "one arm"),
-    ("--seeds 1 --no-baseline --samples-from x", "put {k}"),
+    ("--seeds 1 --no-baseline --samples-from x", "write {k}"),
     ("--seeds 1 --no-baseline --samples-from {k} --pairs reference --reference initial "
      "--temperature 1", "--pairs reference needs")])
 def test_what_one_file_cannot_serve_is_refused(flags, words):

@@ -84,6 +84,6 @@ def test_a_key_that_stands_twice_is_named():
     """json.loads keeps the last 'chosen' of two, without a word."""
     assert parse_json('{"a": {"b": 1}, "c": [{"b": 2}]}') == {"a": {"b": 1}, "c": [{"b": 2}]}
     for text in ('{"a": 1, "b": 2, "b": 2}', '[{"a": [{"b": 1, "a": {}, "b": null}]}]'):
-        with pytest.raises(ValueError, match="key 'b' stands twice") as error:
+        with pytest.raises(ValueError, match="key 'b' occurs twice") as error:
             parse_json(text)
         assert not isinstance(error.value, json.JSONDecodeError)

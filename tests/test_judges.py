@@ -39,6 +39,7 @@ def user(text):
 
 
 MESSAGES = [user(text) for text in PROMPTS]
+BY_HAND = f"{ROOT}/examples/by_hand.py:judge"
 BY_LENGTH = "    return [[len(text) for text in texts] for texts in candidates]\n"
 
 
@@ -66,7 +67,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
-# --- Judges are strangers ---------------------------------------------------------------------
+# --- Judges may do anything -------------------------------------------------------------------
 
 
 def test_a_users_function_is_called_with_messages_and_distinct_texts(make_judge):
@@ -212,7 +213,7 @@ def test_a_score_that_is_not_finite_stops_with_the_prompts_id(bad, tmp_path):
 
 @pytest.mark.parametrize("spec, parts", [
     ("pairrm", ("pairrm", "", "")), ("pairrm:a/b", ("pairrm", "a/b", "")),
-    ("reward:/a:b/c", ("reward", "/a:b/c", "")), ("human", ("human", "", "")), ("", ("", "", "")),
+    ("reward:/a:b/c", ("reward", "/a:b/c", "")), ("word", ("word", "", "")), ("", ("", "", "")),
     ("judge.py:f", ("file", "judge.py", "f")), ("a:b/judge.py:f", ("file", "a:b/judge.py", "f")),
     ("C:\\jobs\\judge.py:f", ("file", "C:\\jobs\\judge.py", "f")),
     ("x.py:g/judge.py:f", ("file", "x.py:g/judge.py", "f"))])
@@ -224,7 +225,8 @@ def test_a_ranker_is_taken_apart_at_the_right_colon(spec, parts):
 @pytest.mark.parametrize("spec, message", [
     ("nonsense", "pairrm"), ("", "pairrm"), ("reward:", "reward:ID"), ("missing.py:f", "no file"),
     ("judge.py:absent", "no function absent"), ("broken.py:f", "importing broken.py failed"),
-    ("oracle", "toy world"), ("judge.py:flat", "list of lists"), ("judge.py:short", "candidates"),
+    ("oracle", "toy world"), ("human", "use examples/by_hand.py:judge"),
+    ("judge.py:flat", "list of lists"), ("judge.py:short", "candidates"),
     ("judge.py:words", "list of lists"), ("judge.py:fewer", "1 lists for 2 prompts"),
     ("judge.py:later", "list of lists"), ("judge.py:number", "no function number")])
 def test_a_judge_that_cannot_be_used_says_why_in_one_line(tmp_path, monkeypatch, spec, message):
@@ -630,9 +632,9 @@ def test_a_dry_call_finds_what_would_fail_hours_later(make_judge, body, words):
     assert "prompt_id p" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_dry_call_asks_about_two_short_prompts_of_the_data_and_never_you(make_judge, monkeypatch):
-    """Catches made-up prompts, which a judge that looks answers up would refuse; a question to a
-    person who did not ask for a run yet."""
+def test_a_dry_call_asks_about_two_short_prompts_of_the_data_and_no_person(make_judge, monkeypatch):
+    """Catches made-up prompts, which a judge that looks answers up would refuse; questions to a
+    person whose answers are not kept."""
     judge = load_judge(make_judge(
         "    assert len(prompts) <= 2\n    known = {0!r}\n"
         "    return [[known[p[0]['content']]] * len(t) for p, t in zip(prompts, candidates)]\n"
@@ -640,7 +642,7 @@ def test_a_dry_call_asks_about_two_short_prompts_of_the_data_and_never_you(make_
     for number in (1, 2, 3):
         judge.dry_call(RECORDS[:number])
     monkeypatch.setattr("builtins.input", None)
-    load_judge("human").dry_call(RECORDS)
+    load_judge(BY_HAND).dry_call(RECORDS)
 
 
 # --- Oracle, penalty, order of prompts --------------------------------------------------------
@@ -885,10 +887,10 @@ def test_a_prompt_that_a_model_cannot_judge_is_found_by_check(tmp_path):
     with pytest.raises(ValueError, match="refuses it: .*no system role") as error:
         judge.check([{"role": "system", "content": "Be brief."}, *MESSAGES[0]])
     assert str(error.value).isprintable()
-    load_judge("human").check([{"role": "anyone", "content": ""}])
+    load_judge(BY_HAND).check([{"role": "anyone", "content": ""}])
 
 
-# --- You as the judge -------------------------------------------------------------------------
+# --- A judge by hand --------------------------------------------------------------------------
 
 
 def answer(monkeypatch, replies):
@@ -901,43 +903,46 @@ def shown(capsys):
     return [text for text in capsys.readouterr().out.split("\n") if text.startswith("text ")]
 
 
-def test_a_human_judge_stops_and_goes_on_where_it_stopped(monkeypatch, capsys, tmp_path):
+def test_a_judge_by_hand_stops_and_resumes_with_the_next_question(monkeypatch, capsys, tmp_path):
     """Catches answers that are lost on 'q', asked twice, or given to the wrong candidate."""
     candidates = [["text a", "text b", "text c"], ["text d", "text e"], ["text f", "text f"]]
     path = tmp_path / "answers.jsonl"
     answer(monkeypatch, ["0", "x", "2", "2", "1", "q"])  # two bad numbers; worst may not be best
-    with pytest.raises(SystemExit, match="goes on"):
-        load_judge("human", seed=3)(MESSAGES, candidates, kept=path)
+    with pytest.raises(KeyboardInterrupt, match="the same command asks the other questions"):
+        load_judge(BY_HAND)(MESSAGES, candidates, kept=path)
     order = shown(capsys)[:3]
     with open(path, "a") as file:
         file.write('\n{"key": "cut o')  # killed while it wrote
     answer(monkeypatch, ["1"])
-    scores = load_judge("human", seed=3)(MESSAGES, candidates, kept=path)
+    scores = load_judge(BY_HAND)(MESSAGES, candidates, kept=path)
     second = shown(capsys)
     expected = {order[1]: 1.0, order[0]: -1.0, order[2]: 0.0, second[0]: 1.0, second[1]: -1.0}
     assert scores[:2] == [[expected[text] for text in texts] for texts in candidates[:2]]
     assert scores[2] == [0.0, 0.0], "identical candidates need no answer"
     answer(monkeypatch, [])
-    again = load_judge("human", seed=3)(MESSAGES, [t[::-1] for t in candidates], kept=path)
+    again = load_judge(BY_HAND)(MESSAGES, [t[::-1] for t in candidates], kept=path)
     assert [row[::-1] for row in again] == scores
 
 
-def test_a_human_sees_the_same_order_whatever_order_the_candidates_come_in(monkeypatch, capsys):
+def test_a_judge_by_hand_shows_one_order_whatever_order_the_candidates_come_in(
+        monkeypatch, capsys):
     """Catches a shuffle of the incoming order, by which a second session would show the sources,
-    and an order that is the same for every prompt and seed."""
-    orders, others = set(), set()
-    for seed in range(60):
+    and an order that is the same for every prompt."""
+    def order(prompt, texts):
         answer(monkeypatch, ["q"])
-        with pytest.raises(SystemExit):
-            load_judge("human", seed=seed)(MESSAGES[:1], [["text a", "text b", "text c"]])
-        others.add(tuple(shown(capsys)))
-    assert len(others) == 6, "60 seeds show every order"
-    for texts in itertools.permutations(["text a", "text b", "text c"]):
-        answer(monkeypatch, ["q"])
-        with pytest.raises(SystemExit):
-            load_judge("human", seed=0)(MESSAGES[:1], [list(texts)])
-        orders.add(tuple(shown(capsys)))
-    assert len(orders) == 1
+        with pytest.raises(KeyboardInterrupt):
+            load_judge(BY_HAND)([user(prompt)], [list(texts)])
+        return tuple(shown(capsys))
+    texts = ["text a", "text b", "text c"]
+    assert len({order(f"prompt {i}", texts) for i in range(60)}) == 6, "60 prompts show every order"
+    assert len({order("Why?", permuted) for permuted in itertools.permutations(texts)}) == 1
+
+
+def test_a_judge_by_hand_refuses_several_processes(monkeypatch):
+    """Catches processes that all wait for one keyboard."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="in a single process"):
+        load_judge(BY_HAND)
 
 
 def test_nothing_that_data_or_model_wrote_controls_the_terminal(monkeypatch, capsys):
@@ -946,7 +951,7 @@ def test_nothing_that_data_or_model_wrote_controls_the_terminal(monkeypatch, cap
     evil = "\033[2J\033]0;title\a\x9b31m\rwin\b\b\u202e \ud800"
     prompt = [{"role": f"user{evil}", "content": f"Why?\n\tyes é 🙂 {evil}"}]
     answer(monkeypatch, ["1"])
-    load_judge("human")([prompt], [[f"a{evil}", f"b{evil}"]])
+    load_judge(BY_HAND)([prompt], [[f"a{evil}", f"b{evil}"]])
     out = capsys.readouterr().out
     assert all(char.isprintable() or char in "\n\t" for char in out)
     assert "Why?\n\tyes é 🙂 " in out and "[2J]0;title31mwin" in out
@@ -1005,7 +1010,7 @@ def test_a_bad_line_is_named_and_an_old_output_stays(tmp_path, rank, make_judge)
              ('{"prompt": "Why?", "candidates": [1]}', "line 2: candidates"),
              ('{"prompt": "\\ud800", "candidates": ["a"]}', "line 2: half a surrogate"),
              ('{"prompt": "?", "candidates": ["a"], "x": "\\udfff"}', "line 2: half a surrogate"),
-             ('{"prompt": "?", "candidates": ["a"], "candidates": ["b"]}', "'candidates' stands"),
+             ('{"prompt": "?", "candidates": ["a"], "candidates": ["b"]}', "'candidates' occurs"),
              ("[" * 100_000, "line 2: not valid JSON"),
              ('{"prompt_id": "bad", "prompt": "?", "candidates": ["a"]}', "prompt_id line 1")]
     for line, message in cases:
@@ -1151,10 +1156,10 @@ def test_an_input_that_is_a_pipe_is_refused(rank, tmp_path):
         load_judge(f"{tmp_path}/judge.py:f")
 
 
-def test_a_human_without_a_terminal_ends_in_one_line_and_no_success(tmp_path):
+def test_a_judge_by_hand_without_a_terminal_ends_in_one_line_and_no_success(tmp_path):
     """Catches EOFError's traceback, and exit code 0 for questions that nobody answered."""
     (tmp_path / "in.jsonl").write_text(GOOD)
     done = run_cli("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl",
-                   "--ranker", "human", stdin=subprocess.DEVNULL)
-    assert done.returncode == 1 and "goes on from there" in done.stderr
+                   "--ranker", BY_HAND, stdin=subprocess.DEVNULL)
+    assert done.returncode == 130 and "stopped; your answers are kept" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out.jsonl").exists()

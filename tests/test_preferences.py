@@ -287,9 +287,9 @@ def test_every_kind_of_file_gives_the_same_records(name, tmp_path):
     ("a.json", b"[3]", "row 1: expected a JSON object"),
     ("a.json", b"[{},", "cannot be read as json"),
     ("a.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}\n',
-     "line 1: .*'chosen' stands twice"),
+     "line 1: .*'chosen' occurs twice"),
     ("a.json", b'[{"prompt": [{"role": "user", "content": "a", "role": "user"}]}]',
-     "'role' stands twice"),
+     "'role' occurs twice"),
     ("a.csv", b"prompt,chosen,rejected,chosen\na,b,c,d\n", "2 columns 'chosen'"),
     ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid x\n", "run git lfs pull"),
     ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid x\n", "run git lfs pull"),
@@ -298,7 +298,7 @@ def test_every_kind_of_file_gives_the_same_records(name, tmp_path):
     ("a.csv", b"prompt,chosen,rejected\n", "no preference rows"),
     ("a.jsonl", json.dumps(row(prompt="é"), ensure_ascii=False).encode("latin-1"), "not UTF-8"),
     ("a.jsonl", json.dumps(row()).encode("utf-16"), "not UTF-8"),
-    ("a.jsonl.gz", b"\x1f\x8b\x08\x00", "not UTF-8.*unpack"),
+    ("a.jsonl.gz", b"\x1f\x8b\x08\x00", "not UTF-8.*decompress"),
     ("a.parquet", b"PAR1", "cannot be read as parquet"),
     ("a.csv", b"prompt,chosen,rejected\na,b,c,d\n", "line 2: .*more cells"),
     ("a.csv", b"prompt,chosen,rejected\na,b\n", "line 2: no field 'rejected'"),
@@ -359,7 +359,7 @@ def test_a_folder_of_datasets_is_read_with_its_splits(name, own_test, data_sets,
     texts = [r["prompt"][0]["content"] for r in load_preferences(path)]
     assert texts == [row["prompt"] for row in PLAIN[:2]]
     said = capsys.readouterr().out
-    assert ("no split train_prefs in it; train is taken" in said) == (name != "hub")
+    assert ("no split train_prefs in it; train is used" in said) == (name != "hub")
     if own_test:
         [record] = load_preferences(path, "test_prefs")
         assert record["prompt"][0]["content"] == PLAIN[2]["prompt"] and "test" in record["where"]
@@ -381,7 +381,7 @@ def test_rows_are_set_aside_where_a_data_set_has_no_test_split(tmp_path, monkeyp
     s = SimpleNamespace(skip_bad_rows=False, data="org/prefs", ranker="pairrm", eval_ranker=None,
                         eval_prompts=2, variant=None, seed=0)
     left, held_out = setup.read_data(s)
-    assert (len(left), len(held_out)) == (8, 2) and "; train is taken" in capsys.readouterr().out
+    assert (len(left), len(held_out)) == (8, 2) and "; train is used" in capsys.readouterr().out
     splits["test"] = PLAIN[:1]
     left, held_out = setup.read_data(s)
     assert (len(left), [r["prompt_id"] for r in held_out]) == (10, ["0"])

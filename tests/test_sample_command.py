@@ -230,7 +230,7 @@ def test_bad_files_are_refused_before_a_model_is_loaded(folder, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for source, output, message in [
             ("half character", "o.json", "entry 1 holds half of a character"),
-            ("twice", "o.json", "'instruction' stands twice"), ("deep", "o.json", "cannot be read"),
+            ("twice", "o.json", "'instruction' occurs twice"), ("deep", "o.json", "cannot be read"),
             ("pipe", "o.json", "pipe: a pipe or a device"),
             ("good", "good", "the same file as .*good, which --alpaca-eval names"),
             ("bad", "o.json", "entry 0 has no string"), (".", "o.json", "cannot be read"),

@@ -180,7 +180,7 @@ MUTANTS = [
      'check_writable(path, inputs, "--scores")', "pass", "tests/test_judges.py"
      "::test_no_output_takes_the_place_of_what_the_command_reads"),
     ("an end token that the template leaves out is always eos", "harness/inputs/chat_template.py",
-     "if end_id in stops and behind.startswith(after):", "if False:",
+     "if end_id in stops and rest.startswith(after):", "if False:",
      "tests/test_chat_template.py::test_where_the_template_leaves_the_end_out_an_answer_ends_as_the_"
      "models_own_do"),
     ("the saved policy's template opens a thought again", "harness/inputs/chat_template.py",
@@ -188,7 +188,7 @@ MUTANTS = [
      "            self.note = (f\"",
      "tests/test_chat_template.py::test_a_saved_policy_has_the_switch_in_its_template"),
     ("a template that changes some answers goes unnoticed", "harness/inputs/chat_template.py",
-     "if said != told:", "if False:",
+     "if rendered != answer:", "if False:",
      "tests/test_chat_template.py::test_a_template_that_changes_some_answers_is_refused_by_the_row"),
     ("samples of another engine go on after their end", "harness/inputs/engine_samples.py",
      "if not stop_ids.isdisjoint(ids[:-1]):", "if False:", "tests/test_engine_samples.py"
@@ -259,7 +259,7 @@ MUTANTS = [
      "tests/test_judges.py"
      "::test_a_score_too_large_to_be_averaged_is_refused_and_smaller_ones_are_not"),
     ("paid answers of a call that fails are asked for again", "harness/judging/judges.py",
-     "if kept.scores.get(one[1]) is None:",
+     "if kept.scores.get(question.key) is None:",
      "if True:",
      "tests/test_judges.py"
      "::test_an_answer_that_was_paid_for_is_never_asked_for_again"),

@@ -1,8 +1,8 @@
-"""Text to ids and back by a model's own chat template, which is read, never assumed.
+"""Text to ids and back, by the model's own chat template.
 
-data.py and train_loop.py see one object, ChatFormat: messages in, ids out; ids in, what a judge
-reads out. What can be wrong between the two (a second BOS, a header among the labels, a space that
-nobody says, an end token that is not eos) is settled or refused here.
+data.py and train_loop.py use one object, ChatFormat: it turns messages into ids, and ids into the
+text that a judge reads. It handles or refuses what can go wrong between the two: a second BOS, a
+header among the labels, a space that nobody wrote, an end token that is not eos.
 
 Test: pytest tests/test_chat_template.py.
 """
@@ -20,17 +20,17 @@ from transformers.utils import chat_template_utils
 from harness.inputs.files import check_file
 from harness.runs.exits import one_line
 
-# Qwen3's name for it, SmolLM3's and GLM's. On a line of its own, whose newline Jinja takes off
-# (trim_blocks), it leaves the rendering of what follows as it is.
+# The name of this switch in the templates of Qwen3, SmolLM3 and GLM. The line changes nothing else
+# in the rendering: Jinja removes its newline (trim_blocks).
 NO_THINKING = "{% set enable_thinking = false %}\n"
-HALF = re.compile(r"[\ud800-\udfff]")  # half of a character, which JSON can hold and a file cannot
+HALF = re.compile(r"[\ud800-\udfff]")  # half of a character: JSON can hold it, a file cannot
 
 
 class ChatFormat:
     """Messages and responses -> ids, and ids -> what a judge reads, by one tokenizer's template.
 
-    The template is read, never assumed. A response is what its own rendering of the finished
-    conversation puts behind the rendering of the prompt, up to the end-of-turn token, once:
+    The template is read, never assumed. It renders the finished conversation. The response is what
+    follows the rendered prompt there, up to and including the end-of-turn token, once:
 
         prompt    <s>[INST] hi [/INST]
         finished  <s>[INST] hi [/INST] hello </s>      (Llama-2: both spaces are the template's)
@@ -39,39 +39,40 @@ class ChatFormat:
     The role's header (<|im_start|>assistant) belongs to the prompt: as a label it would cancel in
     DPO but not in the optimism term. ValueError, one line, for a template that works otherwise.
 
-    end_id    the template's own end of turn (</s>, <|eot_id|>, <|im_end|>, ...): often NOT eos. A
-              template may leave it out; then it is what the model ends its own turns with
+    end_id    the template's own end of turn (</s>, <|eot_id|>, <|im_end|>, ...), often not eos. If
+              the template leaves it out, the token with which the model ends its turns
     stop_ids  what ends a sampled response: end_id, eos, and `model_stop_ids` of generation_config
-    bos_id    what texts begin with, or None; data.cut_prompt keeps it
+    bos_id    the first token of all texts, or None; data.cut_prompt keeps it
     note      None, or what was done to make the template usable; the caller prints it
     own_template  the template before that
-    today     the date that a template writes which asks for one (Llama-3.2's). One for all of a
-              run: behind another date y would be no sample of the policy that is trained
+    today     the date for a template that writes one (Llama-3.2's). It is the same in all of a run:
+              with another date, y would not be a sample of the policy that is trained
     """
 
     def __init__(self, tokenizer, model_stop_ids=(), today=None):
         self.tokenizer, self.note, self.own_template = tokenizer, None, tokenizer.chat_template
         self.model_stop_ids = set(model_stop_ids) - {None}
-        # Before the first use of the backend: a tokenizer.json may say that texts are cut or
-        # padded, and transformers' own call is what takes that back.
+        # Before the first use of the backend: a tokenizer.json may ask for cut or padded texts, and
+        # only a call of transformers' own undoes that.
         self.own_x = tokenizer("x")["input_ids"]
         self.backend = getattr(tokenizer, "backend_tokenizer", None)  # None: written in Python
         self.today = today or datetime.date.today()
         if "strftime_now" in tokenizer.chat_template:  # transformers asks the clock at each call
             chat_template_utils.datetime = SimpleNamespace(now=lambda: self.today)
-        # Tokens that shape a chat; not runs of spaces, nor <think>: strip_thought needs its text.
+        # Tokens that structure a chat: <|im_end|>, <|channel|>, ... Runs of spaces do not, and
+        # strip_thought needs <think> as text.
         added = {i: token for i, token in tokenizer.added_tokens_decoder.items()
                  if token.content.strip() not in ("", "<think>", "</think>")}
-        self.marks = set(added)  # <|im_end|>, <|channel|>, ...
+        self.marks = set(added)
         self.hidden = {i for i, token in added.items() if token.special}
-        # A tokenizer takes a text apart at these before all else: what stands before one has no say
-        # in the ids behind it.
+        # A tokenizer first splits a text at these. The ids after one do not depend on the text
+        # before it.
         self.cuts = {i: token.content for i, token in added.items() if not token.normalized}
         try:
             self._read_template()
         except ValueError as reason:
-            # In the template itself, which is saved with each policy: whoever chats with one later
-            # gets the prompts that it was trained on.
+            # The switch goes into the template itself, which is saved with each policy. So a later
+            # chat with that policy gets the prompts on which it was trained.
             tokenizer.chat_template = NO_THINKING + self.own_template
             try:
                 self._read_template()
@@ -81,6 +82,8 @@ class ChatFormat:
             self.note = (f"{str(reason).partition(';')[0]}: enable_thinking=False is set for it, "
                          "and in the templates of the saved policies")
         self.stop_ids = ({self.end_id, tokenizer.eos_token_id} | self.model_stop_ids) - {None}
+
+    # --- Messages to ids --------------------------------------------------------------------------
 
     def prompt_ids(self, messages):
         return self.prompts_ids([messages])[0]
@@ -92,46 +95,58 @@ class ChatFormat:
         return self.encode(conversations, [[]] * len(conversations))[0]
 
     def encode(self, conversations, answers):
-        """Message lists, and a list of texts that answer each -> lists of ids of the prompts, up to
-        and including the assistant's header, and for each prompt lists of ids of its responses,
-        which end with the end token, once.
+        """B message lists and, for each, a list of texts that answer it -> ids of the B prompts, up
+        to and including the assistant's header; and for each prompt the ids of its responses, which
+        end with the end token, once.
 
-        DEVIATION: responses are tokenised behind the prompt's end, which is then cut off, not by
-        themselves.
-        SentencePiece would otherwise put a space before the first word that the policy never
-        samples there, and the data's responses would look unlikely for no reason.
+        DEVIATION: a response is tokenised together with the end of its prompt, which is then
+        removed. Alone, SentencePiece would put a space before its first word. The policy never
+        samples that space, so the data's responses would look unlikely for no reason.
         """
         prompts = [self._apply(messages, add_generation_prompt=True) for messages in conversations]
-        rows = [(self._header(prompt), self._response(prompt, messages, text))
-                for prompt, messages, texts in zip(prompts, conversations, answers, strict=True)
-                for text in texts]
-        headers = list(dict.fromkeys(header for header, _ in rows))
-        headers = dict(zip(headers, self._tokenise(headers)))
-        finished = self._tokenise([header + response for header, response in rows])
-        responses = iter([
-            ids[len(headers[header]):] if ids[:len(headers[header])] == headers[header]
-            else self._apart(response) for ids, (header, response) in zip(finished, rows)])
-        return ([ids if ids[:1] == self.adds_bos else self.adds_bos + ids
-                 for ids in self._tokenise(prompts)],
-                [[next(responses) for _ in texts] for texts in answers])
+        headers, responses = [], []
+        for prompt, messages, texts in zip(prompts, conversations, answers, strict=True):
+            for text in texts:
+                headers.append(self._header(prompt))
+                responses.append(self._response(prompt, messages, text))
+
+        distinct = list(dict.fromkeys(headers))  # few: they end with the role
+        ids_of_header = dict(zip(distinct, self._tokenise(distinct)))
+        whole = [header + response for header, response in zip(headers, responses)]
+        response_ids = []
+        for header, response, ids in zip(headers, responses, self._tokenise(whole)):
+            before = ids_of_header[header]
+            if ids[:len(before)] == before:
+                response_ids.append(ids[len(before):])
+            else:
+                response_ids.append(self._apart(response))
+
+        prompt_ids = []
+        for ids in self._tokenise(prompts):
+            has_bos = ids[:1] == self.adds_bos
+            prompt_ids.append(ids if has_bos else self.adds_bos + ids)
+        remaining = iter(response_ids)
+        return prompt_ids, [[next(remaining) for _ in texts] for texts in answers]
 
     def _header(self, prompt):
-        """The end of a prompt, all that a response's ids depend on: from the last token on at which
-        a tokenizer cuts (ChatML's <|im_start|>, Llama-3's <|end_header_id|>, Zephyr's </s>)."""
+        """The end of a prompt on which the ids of a response depend. It begins at the last token at
+        which a tokenizer splits (<|im_start|> of ChatML, <|end_header_id|> of Llama-3, </s> of
+        Zephyr)."""
         return prompt[max(0, prompt.rfind(self.cut)) if self.cut else 0:]
 
     def _apart(self, response):
-        """A token has grown over the border (the header ends with a newline and the text begins
-        with one). The sampler sees the prompt's ids as they are, so the response needs ids of its
-        own: behind a neighbour that does not merge with it, for SentencePiece's sake."""
+        """Ids of a response whose first token would cover the end of the header too (for example
+        where both have a newline). The sampler sees the prompt's ids unchanged, so the response
+        needs separate ids. It is tokenised after a text with which it does not merge; SentencePiece
+        needs one."""
         for neighbour in ("x", ":", self.end, ""):
             before, ids = self._tokenise([neighbour, neighbour + response])
             if ids[:len(before)] == before:
                 return ids[len(before):]
 
     def _tokenise(self, texts):
-        """Ids of many texts, nothing added: thousands a call, which is twice as fast as one; and
-        what transformers calls, without the offsets that nobody asks for, a fifth faster."""
+        """Ids of many texts, without added tokens. Thousands a call are twice as fast as one a
+        call, and without the offsets that transformers asks for it is a fifth faster."""
         parts = [texts[start:start + 1000] for start in range(0, len(texts), 1000)]
         if self.backend:
             return [row.ids for part in parts for row in self.backend.encode_batch_fast(
@@ -139,12 +154,14 @@ class ChatFormat:
         return [ids for part in parts
                 for ids in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
 
+    # --- Ids to text ------------------------------------------------------------------------------
+
     def text(self, ids):
         return self.texts([ids])[0]
 
     def texts(self, responses):
-        """What a judge reads of responses' ids, sampled or the data's, cut or whole: the answer
-        without what the template puts around it, without special tokens, without a thought."""
+        """The texts that a judge reads, of ids of responses: sampled or the data's, cut or whole.
+        Without what the template puts around an answer, without special tokens or a thought."""
         responses = list(responses)
         ended = [bool(ids) and ids[-1] in self.stop_ids for ids in responses]
         answers = [self._answer(list(ids[:-1] if e else ids)) for ids, e in zip(responses, ended)]
@@ -153,7 +170,7 @@ class ChatFormat:
                 for text, e in zip(texts, ended)]
 
     def _answer(self, ids):
-        """What stands behind the last header of the answer's channel, if the template has one."""
+        """What follows the last header of the answer's channel, if the template has channels."""
         n = len(self.channel)
         if not n or self.channel[0] not in ids:
             return ids
@@ -165,37 +182,40 @@ class ChatFormat:
     def _decode(self, rows):
         rows = [ids if self.hidden.isdisjoint(ids) else [i for i in ids if i not in self.hidden]
                 for ids in rows]
-        # What transformers' decode calls, without its look at the type of every id, which takes
-        # longer than to decode it.
+        # This is what transformers' decode calls. It also looks at the type of every id, which
+        # takes longer than decoding.
         if self.backend:
             return self.backend.decode_batch(rows, skip_special_tokens=False)
         return [self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in rows]
 
+    # --- What the template renders ----------------------------------------------------------------
+
     def render(self, messages, text):
-        """(prompt, response) as the template writes them. ValueError, which is about this row,
-        where the template refuses the conversation or takes it apart."""
+        """(prompt, response) as the template writes them. ValueError, about this row, if the
+        template refuses the conversation or changes it."""
         prompt = self._apply(messages, add_generation_prompt=True)
         return prompt, self._response(prompt, messages, text)
 
     def _response(self, prompt, messages, text):
-        response = self._behind(prompt, messages, text) + self.added_end
-        # A quoted end token ends the response too: the policy could say nothing behind it.
+        response = self._after(prompt, messages, text) + self.added_end
+        # A quoted end token ends the response too: the policy could say nothing after it.
         lead = self.lead if response.startswith(self.lead) else ""
-        at = response.find(self.end, len(lead))
-        if at < 0:
+        end = response.find(self.end, len(lead))
+        if end < 0:
             raise ValueError(f"the chat template does not close this answer with {self.end}")
-        # A template is a program, and may treat long answers, or some words, in another way.
-        said = strip_thought(response[len(lead):at].removesuffix(self.tail)).strip()
-        told = strip_thought(text.partition(self.end)[0]).strip()
-        if said != told:
-            same = len(os.path.commonprefix([said, told]))
+        # A template is a program. It may treat long answers, or some words, in another way.
+        rendered = strip_thought(response[len(lead):end].removesuffix(self.tail)).strip()
+        answer = strip_thought(text.partition(self.end)[0]).strip()
+        if rendered != answer:
+            same = len(os.path.commonprefix([rendered, answer]))
             raise ValueError(
-                f"the chat template changes this answer; it has {said[same:same + 20]!r} where the "
-                f"answer has {told[same:same + 20]!r}. Fix it with --chat-template")
-        return response[:at + len(self.end)]
+                "the chat template changes this answer; it has "
+                f"{rendered[same:same + 20]!r} where the answer has {answer[same:same + 20]!r}. "
+                "Fix it with --chat-template")
+        return response[:end + len(self.end)]
 
-    def _behind(self, prompt, messages, text):
-        """What the template's finished conversation has behind the rendered prompt."""
+    def _after(self, prompt, messages, text):
+        """What follows the rendered prompt in the template's finished conversation."""
         finished = self._apply([*messages, {"role": "assistant", "content": text}])
         if not finished.startswith(prompt):
             same = len(os.path.commonprefix([finished, prompt]))
@@ -208,59 +228,82 @@ class ChatFormat:
     def _apply(self, messages, **more):
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **more)
-        except Exception as error:  # a template is a program: anything may go wrong in it
+        except Exception as error:  # a template is a program: it may raise anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"the chat template refuses the conversation: {reason}") from None
 
+    # --- Reading the template ---------------------------------------------------------------------
+
     def _read_template(self):
-        """Renders one finished conversation, and reads off it what stands around the answer."""
+        """Renders one finished conversation, and learns from it what surrounds an answer."""
         question, answer = [{"role": "user", "content": "Question"}], "An answer, 42."
         prompt = self._apply(question, add_generation_prompt=True)
         if prompt.rfind("<think>") > prompt.rfind("</think>"):
             raise ValueError("the chat template's generation prompt opens a thought (<think>), "
                              "which the data's responses do not have; fix it with --chat-template")
-        self.lead, found, after = self._behind(prompt, question, answer).partition(answer)
+        self.lead, found, after = self._after(prompt, question, answer).partition(answer)
         if not found:
             raise ValueError("the chat template does not show the assistant's answer; fix it with "
                              "--chat-template")
-        lead_ids, bare, ids = self._tokenise([self.lead, "x", prompt])
+        self._read_lead()
+        self._read_end(question, answer, after)
+        self._read_prompt(prompt)
+
+    def _read_lead(self):
+        """channel: ids of the header of the answer's channel (<|channel|>final<|message|>), or [].
+        lead_text: what a decoded response has before the answer."""
+        [ids] = self._tokenise([self.lead])
+        marks = [place for place, i in enumerate(ids) if i in self.marks]
+        self.channel = ids[:marks[-1] + 1] if marks else []
+        [self.lead_text] = self._decode([ids])
+
+    def _read_end(self, question, answer, after):
+        """end, end_id: the end of turn. tail: what the template writes between answer and end.
+        added_end: what the template leaves out, up to and including the end, or ""."""
         self.added_end, self.end_id = "", self._first_mark(after)
         if self.end_id is None:
             self.added_end, self.end_id = self._end_left_out(question, answer, after)
         self.end = self.tokenizer.convert_ids_to_tokens(self.end_id)
         self.tail = (after + self.added_end).partition(self.end)[0]
-        opening = [k for k, i in enumerate(lead_ids, 1) if i in self.marks]
-        self.channel = lead_ids[:opening[-1]] if opening else []  # <|channel|>final<|message|>
-        [self.lead_text] = self._decode([lead_ids])
+
+    def _read_prompt(self, prompt):
+        """cut: the last token of a prompt at which a tokenizer splits, as text, or None. adds_bos:
+        [the BOS that the prompt lacks], or []."""
+        ids, bare_x = self._tokenise([prompt, "x"])
         cuts = [self.cuts[i] for i in ids if i in self.cuts and self.cuts[i] in prompt]
         self.cut = cuts[-1] if cuts else None
-        # Zephyr's template has no BOS, but its tokenizer begins every text with one: the authors'
-        # code puts it before the prompt, and `apply_chat_template` alone never would.
-        self.adds_bos = self.own_x[:1] if self.own_x[:1] != bare[:1] else []
-        bos = self.adds_bos or [i for i in ids[:1] if i == self.tokenizer.bos_token_id]
-        self.bos_id = bos[0] if bos else None
+        # Zephyr's template has no BOS, but its tokenizer begins every text with one. The authors'
+        # code puts it before the prompt; `apply_chat_template` alone would not.
+        tokenizer_adds_it = self.own_x[:1] != bare_x[:1]
+        self.adds_bos = self.own_x[:1] if tokenizer_adds_it else []
+        if self.adds_bos:
+            self.bos_id = self.adds_bos[0]
+        elif ids[:1] == [self.tokenizer.bos_token_id]:
+            self.bos_id = ids[0]
+        else:
+            self.bos_id = None
 
     def _first_mark(self, text):
         return next((i for i in self._tokenise([text])[0] if i in self.marks), None)
 
     def _end_left_out(self, question, answer, after):
         """(text up to and with it, id) of the end token that the template leaves out: the model's
-        own. With another one the data's answers would differ from sampled ones in it, and DPO would
-        train the end token.
+        own. With another token the data's answers would end differently from sampled ones, and DPO
+        would train the end token.
 
-        GLM-4's turns end where the next role begins: <|user|>, which generation_config stops at.
+        A turn of GLM-4 ends where the next role begins: at <|user|>, a stop of generation_config.
         """
         eos, token = self.tokenizer.eos_token_id, self.tokenizer.convert_ids_to_tokens
         stops = {i for i in self.model_stop_ids if 0 <= i < len(self.tokenizer)}
         with suppress(ValueError):  # a template for one question only
             longer = self._apply([*question, {"role": "assistant", "content": answer}, *question])
-            behind = longer.partition(answer)[2]
-            end_id = self._first_mark(behind)
-            if end_id in stops and behind.startswith(after):
-                return behind[len(after):behind.index(token(end_id))] + token(end_id), end_id
+            rest = longer.partition(answer)[2]
+            end_id = self._first_mark(rest)
+            if end_id in stops and rest.startswith(after):
+                return rest[len(after):rest.index(token(end_id))] + token(end_id), end_id
         if after.strip() or eos is None:
             raise ValueError("the chat template does not close the assistant's turn with a special "
-                             "token, and no response can end without; fix it with --chat-template")
+                             "token, so no response could end; fix it with --chat-template")
         if stops and eos not in stops:
             raise ValueError("the chat template does not close the assistant's turn, and the model "
                              f"ends its own with {' or '.join(map(token, sorted(stops)))}; write "
@@ -272,42 +315,42 @@ def strip_thought(text):
     """Without <think>...</think>; "" for a text that begins with a thought that is never closed."""
     if "<think>" not in text:
         return text
-    # Behind the last end nothing can close: to search there for each <think> would take n^2.
-    before, end, behind = text.rpartition("</think>")
-    answer = behind.lstrip() if end else behind
-    spaces = behind[:len(behind) - len(answer)]
+    # After the last </think> nothing can close. To search there for each <think> would take n^2.
+    before, end, after = text.rpartition("</think>")
+    answer = after.lstrip() if end else after
+    spaces = after[:len(after) - len(answer)]
     answer = re.sub(r"(\A\s*)?<think>.*?</think>\s*", "", before + end + spaces,
                     flags=re.DOTALL) + answer
     return "" if answer.lstrip().startswith("<think>") else answer
 
 
 def load_tokenizer(path, chat_template=None):
-    """The tokenizer of a hub id, folder or .gguf file; `chat_template`: a Jinja file that replaces
-    the tokenizer's own. ValueError where there is no chat template at all."""
+    """The tokenizer of a hub id, folder or .gguf file. chat_template: a Jinja file in place of the
+    tokenizer's own. ValueError if there is no chat template at all."""
     path = str(path)
     gguf = {"gguf_file": os.path.basename(path)} if path.endswith(".gguf") else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             os.path.dirname(path) or "." if gguf else path, trust_remote_code=False, **gguf)
-        tokenizer("x")  # some faults of tokenizer_config.json show at the first use
+        tokenizer("x")  # at the first use some faults of tokenizer_config.json show
     except Exception as error:
         raise ValueError(f"--model {path}: no tokenizer could be loaded "
                          f"({type(error).__name__}: {one_line(error)})") from None
     if chat_template:
         tokenizer.chat_template = read_template(chat_template)
-    if named := isinstance(tokenizer.chat_template, dict) and tokenizer.chat_template:
-        # for tools, for retrieval, ...
-        if "default" not in named:
+    if isinstance(tokenizer.chat_template, dict):  # for tools, for retrieval, ...
+        named = tokenizer.chat_template
+        if named and "default" not in named:
             raise ValueError(f"--model {path}: its tokenizer has the chat templates "
-                             f"{', '.join(named)}, and none is the default; save the one that is "
-                             "meant as a file and pass it with --chat-template FILE (Jinja)")
-        tokenizer.chat_template = named["default"]
+                             f"{', '.join(named)}, and none is the default; save the right "
+                             "one as a file and pass it with --chat-template FILE (Jinja)")
+        tokenizer.chat_template = named.get("default")
     if not tokenizer.chat_template:
         raise ValueError(f"--model {path}: its tokenizer has no chat template; it may be a base "
                          "model. Pass one with --chat-template FILE (Jinja)")
     if not isinstance(tokenizer.chat_template, str) or HALF.search(tokenizer.chat_template):
-        raise ValueError(f"--model {path}: the chat template of its tokenizer is no text; pass the "
-                         "right one with --chat-template FILE (Jinja)")
+        raise ValueError(f"--model {path}: the chat template of its tokenizer is not text; pass "
+                         "the right one with --chat-template FILE (Jinja)")
     return tokenizer
 
 

@@ -1,22 +1,22 @@
-"""--samples-from: samples that another engine (vLLM, a cluster) has drawn from the policy.
+"""--samples-from FILE: samples of the policy that another engine (vLLM, a cluster) has made.
 
-The run writes the prompts of an iteration to iter_K/prompts.jsonl, and stops if FILE is not there:
+The run writes the prompts of an iteration to iter_K/prompts.jsonl, and stops if FILE is missing:
 
     {"prompt_id": "...", "prompt": messages, "prompt_ids": [1, 523, ...], "max_new_tokens": 1024}
 
-Sample behind prompt_ids as they are (a template applied once more would be another prompt), from
-the policy that the message names. FILE, read by the same command when it is run again:
+Sample from the policy that the message names. Use prompt_ids unchanged: another use of the template
+would make another prompt. Write FILE, and run the same command again:
 
     {"prompt_id": "...", "samples": [{"ids": [523, ..., 2], "finished": true}, one a response]}
 
-ids: what was sampled, the stop token included. finished: false where the engine stopped at its
-limit. In place of ids "text" may stand, for an engine that gives no more: its ids are then the
-tokenizer's, and a finished text gets the end token. Trap: engines leave special tokens out of a
-text, so that a thought or a channel may run into the answer.
+ids: what was sampled, with the stop token. finished: false if the engine stopped at its limit. An
+engine that returns no ids may give "text" instead: the tokenizer makes the ids, and a finished text
+gets the end token. Trap: engines leave special tokens out of a text, so a thought or the name of a
+channel may run into the answer.
 
-Lines for other prompts are ignored. {k} in the name of FILE stands for the iteration. FILE is
-copied into samples.jsonl: once that is finished, a change of FILE has no effect. A change before,
-when a stopped command has used some rows, is an error.
+Lines for other prompts are ignored. {k} in the name of FILE means the iteration. FILE is copied into
+samples.jsonl; after that is finished, a change of FILE has no effect. A change before that, after a
+stopped command has used some rows, is an error.
 Test: pytest tests/test_engine_samples.py.
 """
 
@@ -35,9 +35,9 @@ READ = "samples_from.sha256"  # in iter_K: the checksum of FILE, while its rows 
 
 
 def samples(records, policy, start, s, stream_name=None):
-    """The rows of samples.jsonl, as train_loop.sample_responses yields them. ValueError names what
-    is missing or wrong, and what to do about it, before the first of them. stream_name: of our own
-    sampler's random numbers, not used."""
+    """The rows of samples.jsonl, as train_loop.sample_responses yields them. Before the first row,
+    ValueError says what is missing or wrong, and what to do. stream_name: the random stream of our
+    own sampler, not used here."""
     source, chat = file_of(s, s.iteration), start.chat
     here = start.run.path / f"iter_{s.iteration}"
     only_first(ask_for, source, policy, start, s)
@@ -45,22 +45,26 @@ def samples(records, policy, start, s, stream_name=None):
     only_first(check, found, source, policy, start, s)
     only_first(check_unchanged, source, here)
     records = iter(records)
-    while chunk := list(itertools.islice(records, 1000)):
+    while chunk := list(itertools.islice(records, 1000)):  # many texts a call are encoded faster
         samples = [found[record["prompt_id"]] for record in chunk]
-        _, answers = chat.encode([record["prompt"] for record in chunk],
-                                 [[y["text"] for y in ys if not y.get("ids")] for ys in samples])
-        for row, ys, encoded in zip(wanted(chunk, chat, s), samples, map(iter, answers)):
-            responses = [y.get("ids") or ids_of_text(next(encoded)[:row["max_new_tokens"]],
-                                                     y["finished"], chat) for y in ys]
-            yield {"prompt_id": row["prompt_id"], "samples": [
-                {"ids": ids, "text": chat.text(ids), "finished": ids[-1] in chat.stop_ids}
-                for ids in responses]}
+        texts = [[y["text"] for y in ys if not y.get("ids")] for ys in samples]
+        _, encoded = chat.encode([record["prompt"] for record in chunk], texts)
+        for row, ys, ids_of_texts in zip(wanted(chunk, chat, s), samples, encoded):
+            remaining, responses = iter(ids_of_texts), []
+            for y in ys:
+                ids = y.get("ids")
+                if not ids:
+                    ids = next(remaining)[:row["max_new_tokens"]]
+                    ids = ids_of_text(ids, y["finished"], chat)
+                responses.append({"ids": ids, "text": chat.text(ids),
+                                  "finished": ids[-1] in chat.stop_ids})
+            yield {"prompt_id": row["prompt_id"], "samples": responses}
     if len(find_rows(here / "samples.jsonl")) == len(start.portions[s.iteration - s.first]):
-        (here / READ).unlink(missing_ok=True)  # by the last process to get here
+        (here / READ).unlink(missing_ok=True)  # the last process to finish does this
 
 
 def file_of(s, k):
-    """The FILE of iteration k. ValueError for a pipe, which may never end, or a folder."""
+    """The FILE of iteration k. ValueError for a pipe or a folder."""
     source = Path(s.samples_from.replace("{k}", str(k)))
     check_file("--samples-from", source)
     if source.is_dir():
@@ -81,7 +85,7 @@ def wanted(records, chat, s):
 
 
 def ask_for(source, policy, start, s):
-    """Writes prompts.jsonl; ValueError where nobody has answered it."""
+    """If FILE is missing, writes prompts.jsonl and raises ValueError, which asks for FILE."""
     prompts = start.run.path / f"iter_{s.iteration}" / "prompts.jsonl"
     if not source.exists():
         write_jsonl(prompts, wanted(start.portions[s.iteration - s.first], start.chat, s))
@@ -106,7 +110,7 @@ def read(source, count):
             try:
                 prompt_id, ys = parse(line, count)
                 if prompt_id in found:
-                    raise ValueError(f"prompt_id {prompt_id} stands there twice")
+                    raise ValueError(f"prompt_id {prompt_id} occurs twice")
             except ValueError as error:
                 raise ValueError(f"--samples-from {source}, line {number}: {error}") from None
             found[prompt_id] = ys
@@ -130,7 +134,7 @@ def parse(line, count):
         if not (isinstance(y, dict) and isinstance(y.get("finished"), bool)
                 and (is_ids(y["ids"]) if y.get("ids") is not None else is_text(y.get("text")))):
             raise ValueError('a sample must be {"ids": [token ids, one or more], "finished": true '
-                             'or false}, or have "text", a string of whole characters, in place of '
+                             'or false}, or have "text", a string of whole characters, instead of '
                              "ids")
     return row["prompt_id"], row["samples"]
 
@@ -144,7 +148,7 @@ def is_text(value):
 
 
 def check(found, source, policy, start, s):
-    """ValueError for the first prompt without samples that our own sampler could have drawn."""
+    """ValueError for the first prompt whose samples are missing, or could not be our sampler's."""
     chat, portion = start.chat, start.portions[s.iteration - s.first]
     vocabulary, only_text = weights.load_config(policy).vocab_size, False
     for row in wanted(portion, chat, s):
@@ -168,7 +172,7 @@ def check(found, source, policy, start, s):
 
 
 def check_ids(y, limit, vocabulary, stop_ids):
-    """ValueError for ids that the policy cannot have said, or would have ended before."""
+    """ValueError for ids that the policy could not sample, or after which it would have stopped."""
     ids, remedy = y["ids"], f"stop at one of {' '.join(map(str, sorted(stop_ids)))}, and keep it"
     ended = ids[-1] in stop_ids
     outside = [i for i in ids if not 0 <= i < vocabulary]
@@ -177,16 +181,16 @@ def check_ids(y, limit, vocabulary, stop_ids):
     if len(ids) > limit:
         raise ValueError(f"{len(ids)} ids; its max_new_tokens is {limit}")
     if not stop_ids.isdisjoint(ids[:-1]):
-        raise ValueError(f"the ids go on after a stop token; {remedy}")
+        raise ValueError(f"the ids continue after a stop token; {remedy}")
     if y["finished"] and not ended:
         raise ValueError(f"finished, but the last id, {ids[-1]}, is no stop token; {remedy}")
-    # At the limit an engine may look at the length first.
+    # At the limit an engine may check the length first.
     if ended and not y["finished"] and len(ids) < limit:
-        raise ValueError("not finished, but the last id is a stop token; mend one of the two")
+        raise ValueError("not finished, but the last id is a stop token; fix one of the two")
 
 
 def check_unchanged(source, here):
-    """ValueError where a stopped command has used rows of FILE, and FILE has changed since."""
+    """ValueError if FILE has changed after a stopped command has used rows of it."""
     before, now = here / READ, checksum(source)
     used = any(part.stat().st_size for part in parts(here))
     if used and before.exists() and before.read_text("utf-8") != now:
@@ -197,10 +201,10 @@ def check_unchanged(source, here):
 
 
 def parts(here):
-    """Files of the rows that processes have used so far; see rundir."""
+    """The files with the rows that processes have used so far; see run_folder.py."""
     return here.glob("samples.jsonl.part*of*")
 
 
 def ids_of_text(ids, finished, chat):
-    """ids of a finished text -> those that our own sampler would have left."""
+    """Ids of a text, which end with the end token -> without it if the text is not finished."""
     return ids[:-1] if not finished and len(ids) > 1 and ids[-1] == chat.end_id else ids

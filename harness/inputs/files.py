@@ -1,6 +1,6 @@
 """Files that a user names: how they are read, and what an output must not replace.
 
-Imports nothing local. Test: pytest tests/test_files.py.
+Imports no other file of the project. Test: pytest tests/test_files.py.
 """
 
 import json
@@ -12,9 +12,9 @@ LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def check_file(flag, path):
-    """ValueError where an input is there, but is not the file that is meant. (That nothing is there
-    is said by whoever opens it.)"""
-    if is_special(path):  # a pipe that nobody writes to would be waited for without a word
+    """ValueError for an input that exists but cannot be the right file. (Whoever opens it reports a
+    missing one.)"""
+    if is_special(path):  # reading a pipe that nobody writes to would never end
         raise ValueError(f"{flag} {path}: a pipe or a device, no regular file; write its "
                          "content into a file, and name that")
     if os.path.isfile(path) and os.access(path, os.R_OK):
@@ -25,7 +25,7 @@ def check_file(flag, path):
 
 
 def check_no_pointer(path):
-    """ValueError for a file that only says where git-LFS keeps the real one."""
+    """ValueError for a git-LFS pointer, which stands for the real file."""
     with open(path, "rb") as file:
         if file.read(len(LFS)) == LFS:
             raise ValueError(f"{path}: a git-LFS pointer, not the file itself; run git lfs pull")
@@ -37,7 +37,7 @@ def is_special(path):
 
 
 def same_file(one, other):
-    """Whether both names mean one file, there already or not: by a link, or written differently."""
+    """Whether both names mean the same file, through links too, and also if it does not exist."""
     try:
         return os.path.samefile(one, other)
     except OSError:
@@ -45,8 +45,8 @@ def same_file(one, other):
 
 
 def check_apart(flag, path, inputs):
-    """ValueError where writing to `path` would replace what the command reads. inputs: (flag, path)
-    of files and folders; of a folder, every file in it is one."""
+    """ValueError if writing to `path` would replace an input. inputs: (flag, path) of files and of
+    folders, whose files are all inputs."""
     for name, given in inputs:
         files = [given, *Path(given).iterdir()] if os.path.isdir(given) else [given]
         for file in files:
@@ -56,7 +56,7 @@ def check_apart(flag, path, inputs):
 
 
 def parse_json(text):
-    """json.loads, but ValueError for an object with a key twice: only the last would be used."""
+    """json.loads, but ValueError for an object with the same key twice: the first would be lost."""
     return json.loads(text, object_pairs_hook=_each_key_once)
 
 
@@ -64,14 +64,14 @@ def _each_key_once(pairs):
     found = dict(pairs)
     if len(found) < len(pairs):
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the key {name[:60]!r} stands twice in one object")
+        raise ValueError(f"the key {name[:60]!r} occurs twice in one object")
     return found
 
 
 def check_characters(value, what="the row"):
-    """ValueError where a JSON value holds half of a surrogate pair (\\ud800, or a byte that is not
-    UTF-8): it cannot be written, which would be found out after the work."""
+    """ValueError for a JSON value with half of a surrogate pair (\\ud800, or a byte that is not
+    UTF-8). It cannot be written, and the error would come only after the work."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{what} holds half of a character (a lone surrogate); mend it") from None
+        raise ValueError(f"{what} holds half of a character (a lone surrogate); fix it") from None

@@ -1,14 +1,14 @@
-"""Preference rows as strangers write them -> the records of data.py, or one line that says why not.
+"""Preference rows of a user's file -> the records of data.py, or one line that says what is wrong.
 
     {"prompt": "Why?", "chosen": [user, assistant], "rejected": [user, assistant]}
     {"prompt": "Why?" or [system, user], "chosen": "Because.", "rejected": "No."}
 
-The first is UltraFeedback-binarized; a message is {role, content}. The prompt is what chosen and
-rejected share, the response is the assistant's last turn. The rule behind all checks: what a row
-says is used, or the row is refused by its line; it is never reduced in silence. Columns are known
-by name (SYSTEM is used, ASIDE refused): a text under any other name cannot be told from a note.
+The first form is UltraFeedback-binarized; a message is {role, content}. The prompt is what chosen
+and rejected share, the response is the assistant's last turn. All checks follow one rule: what a
+row says is used, or an error names the row; nothing is dropped silently. Columns are known by name:
+SYSTEM is used, ASIDE is refused. A text in any other column may be a note, and is ignored.
 
-A record keeps `where` ("prefs.jsonl, line 3"), so that later errors can name it.
+A record keeps `where` ("prefs.jsonl, line 3") for later errors.
 Test: pytest tests/test_preferences.py.
 """
 
@@ -30,10 +30,10 @@ SYSTEM = ("system", "system_prompt", "system_message")
 ASIDE = ("instruction instructions input inputs question query context history conversation "
          "conversations dialogue document documents passage persona tools functions image images "
          "audio video videos").split()
-NOTES = ("role", "content", "id", "model", "source", "date", "timestamp")  # may stand in a message
-NOTHING = ("", "[]", "{}", "null")  # what data sets write, as text, where they have no tools
+NOTES = ("role", "content", "id", "model", "source", "date", "timestamp")  # allowed in a message
+NOTHING = ("", "[]", "{}", "null")  # what data sets write for "no tools", as text
 FILES = (".jsonl", ".json", ".csv", ".parquet")
-SPLITS = {"train_prefs": "train", "test_prefs": "test"}  # UltraFeedback's name -> most others'
+SPLITS = {"train_prefs": "train", "test_prefs": "test"}  # UltraFeedback's name -> the usual one
 AS_TEXT = re.compile(r"""\s*(\[\s*\{\s*['"](role|content|from|value)['"]|(<s>\s*)?\[INST\]|"""
                      r"<\|?(im_start|start_header_id|system|user)\|?>|"
                      r"(#+ *)?(human|user) *:.*\n\s*(#+ *)?(assistant|ai|bot) *:)", re.I | re.S)
@@ -41,21 +41,22 @@ AS_TEXT = re.compile(r"""\s*(\[\s*\{\s*['"](role|content|from|value)['"]|(<s>\s*
 
 def load_preferences(source, split="train_prefs", skip_bad_rows=False):
     """The records of a JSONL, JSON, CSV or parquet file, or of `split` of a data set, on the hub or
-    in a folder (NoSplit where it has none of that name).
+    in a folder (NoSplit if it has no split of that name).
 
     Exact repetitions are left out and counted; prompt_ids are made unique. ValueError, one line,
     for the first row that cannot be used; with skip_bad_rows such rows are dropped and counted.
     """
-    records, distinct = keep_good(read_rows(source, split), parse_row, skip_bad_rows), {}
+    records = keep_good(read_rows(source, split), parse_row, skip_bad_rows)
     if not records:
         raise ValueError(f"--data {source}: no preference rows in it")
+    distinct = {}  # digest of the content -> record
     for record in records:
         content = json.dumps([record[key] for key in ("prompt", "data_chosen", "data_rejected")])
         distinct.setdefault(hashlib.sha256(content.encode()).hexdigest(), record)
     if len(distinct) < len(records):
         say(f"{source}: {len(records) - len(distinct)} rows repeat a prompt with both responses "
             "and were left out")
-    # Rows that share an id are all kept, under ids that do not depend on the order of the file.
+    # Different rows that share an id get new ids, which do not depend on the order of the file.
     uses = Counter(record["prompt_id"] for record in distinct.values())
     for digest, record in distinct.items():
         if uses[record["prompt_id"]] > 1:
@@ -66,35 +67,51 @@ def load_preferences(source, split="train_prefs", skip_bad_rows=False):
 def split_portions(records, portions, limit=None, seed=0):
     """`portions` disjoint lists of records, shuffled by `seed`: no two share a prompt.
 
-    A prompt takes all its pairs along. Portions hold equally many records where whole prompts allow
-    it, at most `limit`; records for which no portion has room are left out.
+    All pairs of a prompt go into the same portion. The portions have equally many records as far as
+    whole prompts allow, and at most `limit`. Records that no portion has room for are left out.
     """
-    shuffled, groups = random.Random(seed).sample(records, len(records)), by_prompt(records)
+    shuffled = random.Random(seed).sample(records, len(records))
+    groups, limit = by_prompt(records), limit or len(records)
     if len(groups) < portions:
         raise ValueError(f"{len(records)} preference rows of {len(groups)} prompts cannot be split "
                          f"into {portions} iterations")
-    # A prompt waits where the file's first record of it fell in the shuffle. Were it where any of
-    # its records comes up first, prompts with many pairs would crowd into the early portions.
-    waiting = [key for record in shuffled if record is groups[key := prompt_key(record)][0]]
-    share, limit, result = len(records) // portions, limit or len(records), []
-    waiting.sort(key=lambda key: len(groups[key]) <= share)  # what exceeds a share has it alone
+    waiting = []
+    for record in shuffled:
+        key = prompt_key(record)
+        # A prompt is placed where the file's first record of it is. If the first one in the shuffle
+        # counted, prompts with many pairs would crowd into the early portions.
+        if record is groups[key][0]:
+            waiting.append(key)
+    # Prompts that exceed a share come first: each fills a portion alone.
+    share = len(records) // portions
+    waiting.sort(key=lambda key: len(groups[key]) > share, reverse=True)
+
+    result = []
     for left in range(portions, 0, -1):
         room = min(share, sum(len(groups[key]) for key in waiting) // left)
-        most = min(limit, len(waiting) - (left - 1))  # prompts: one at least for each that follows
-        taken, size = set(), 0
-        for key in waiting:
-            if len(taken) < most and (not taken or size + len(groups[key]) <= room):
-                taken.add(key)
-                size += len(groups[key])
+        most = len(waiting) - (left - 1)  # leaves one prompt for each later portion
+        taken = first_that_fit(waiting, groups, room, min(limit, most))
         waiting = [key for key in waiting if key not in taken]
         result.append([record for record in shuffled if prompt_key(record) in taken][:limit])
     return result
 
 
+def first_that_fit(keys, groups, room, most):
+    """The first prompts, at most `most`, whose records fit into `room`; at least one prompt."""
+    taken, size = set(), 0
+    for key in keys:
+        fits = size + len(groups[key]) <= room
+        if len(taken) < most and (fits or not taken):
+            taken.add(key)
+            size += len(groups[key])
+    return taken
+
+
 def hold_out(records, count, seed=0):
-    """(training records, held-out records): `count` prompts, one record of each, as long as they
-    take no more than a fifth of the records with them (a small file is mostly for training)."""
-    shuffled, held_out, gone = random.Random(seed).sample(records, len(records)), [], 0
+    """(training records, held-out records). Held out are `count` prompts, one record of each. They
+    are fewer in a small file: all records of these prompts are at most a fifth of it."""
+    shuffled = random.Random(seed).sample(records, len(records))
+    held_out, gone = [], 0
     for group in by_prompt(shuffled).values():
         if len(held_out) < count and gone + len(group) <= len(records) // 5:
             held_out.append(group[0])
@@ -117,14 +134,15 @@ def by_prompt(records):
 
 
 def prompt_key(record):
-    """Who says what, without outer spaces. NOT prompt_id: real files give one prompt many ids, and
-    one id to all, and portions that are disjoint by id alone train twice on one prompt."""
+    """Who says what, without outer spaces. Not prompt_id: some files give a prompt several ids, or
+    all prompts the same one. Portions that are disjoint by id would train twice on one prompt."""
     return tuple((turn["role"], turn["content"].strip()) for turn in record["prompt"])
 
 
 def check_rows(records, chat, judge_check=None, skip_bad_rows=False):
-    """The records that the model's chat template and the judge can take: found at the start, not
-    hours later. judge_check(messages) raises ValueError for a prompt that the judge cannot read."""
+    """The records that the model's chat template and the judge accept; a run finds the others
+    before it begins. judge_check(messages) raises ValueError for a prompt that the judge cannot
+    read."""
     def check(record):
         for name in ("data_chosen", "data_rejected"):
             prompt, _ = chat.render(record["prompt"], record[name])
@@ -138,7 +156,7 @@ def check_rows(records, chat, judge_check=None, skip_bad_rows=False):
 
 
 def keep_good(rows, parse, skip_bad_rows):
-    """[parse(row)] of (where, row) pairs; `where` goes into the records and into the errors."""
+    """[parse(row)] of (where, row) pairs. `where` is added to records and errors."""
     good, bad = [], {}
     for where, row in rows:
         try:
@@ -158,7 +176,7 @@ class NoSplit(ValueError):
 
 
 def read_rows(source, split):
-    """(where, row) pairs; a row is a dict, or a line of JSON that is still to be parsed."""
+    """(where, row) pairs; a row is a dict, or a line of JSON that is not parsed yet."""
     path, name = Path(source), str(source)
     check_file("--data", path)
     if path.is_file():
@@ -174,14 +192,14 @@ def read_rows(source, split):
             missing = error
             continue
         if wanted != split:
-            say(f"{name}: no split {split} in it; {wanted} is taken")
+            say(f"{name}: no split {split} in it; {wanted} is used")
         return ((f"{name}[{wanted}], row {i}", row) for i, row in enumerate(rows, 1))
     raise missing
 
 
 def load_split(name, split):
-    """One split of a data set: of the hub, of a folder of parquet files, or what save_to_disk has
-    left. ValueError; NoSplit where only the split is missing."""
+    """One split of a data set: of the hub, of a folder of parquet files, or written by
+    save_to_disk. NoSplit if only the split is missing, otherwise ValueError."""
     folder = Path(name)
     saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
     shards = sorted(folder.rglob("*.parquet"))
@@ -199,7 +217,7 @@ def load_split(name, split):
         if split in splits:
             return splits[split]
         why = f"Unknown split. Should be one of {list(splits)}"
-    except Exception as error:  # the hub raises a dozen kinds; all mean the same to the user
+    except Exception as error:  # the hub raises many kinds; for the user all mean the same
         why = f"{type(error).__name__}: {error}"
     if "Unknown split" in why:
         raise NoSplit(f"--data {name}: no split {split} in it ({why.rpartition('. ')[2]})")
@@ -214,7 +232,7 @@ def read_file(path):
             columns_once(parquet.read_schema(path).names)
             table = parquet.read_table(path).to_pylist()
             return [(f"{path}, row {i}", row) for i, row in enumerate(table, 1)]
-        text = path.read_text("utf-8-sig")  # with or without the mark that Windows puts first
+        text = path.read_text("utf-8-sig")  # with or without a byte order mark
         if path.suffix == ".csv":
             csv.field_size_limit(2 ** 31 - 1)
             table = csv.DictReader(io.StringIO(text), strict=True)
@@ -223,8 +241,8 @@ def read_file(path):
         if text.lstrip().startswith("["):
             return [(f"{path}, row {i}", row) for i, row in enumerate(parse_json(text), 1)]
     except UnicodeDecodeError as error:
-        raise ValueError(f"--data {path}: not UTF-8 (byte {error.start}); unpack it if it is "
-                         "packed, and save it as UTF-8") from None
+        raise ValueError(f"--data {path}: not UTF-8 (byte {error.start}); decompress it if "
+                         "it is compressed, and save it as UTF-8") from None
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise ValueError(f"--data {path}: cannot be read as {path.suffix[1:] or 'JSON'} "
                          f"({str(error).splitlines()[0]})") from None
@@ -247,7 +265,7 @@ def parse_row(row):
         why = "too deep" if isinstance(error, RecursionError) else getattr(error, "msg", error)
         raise ValueError(f"not valid JSON ({why}); write one object a line") from None
     if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {type(row).__name__}; mend it")
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}; fix it")
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
             raise ValueError(f"no field '{name}' (need prompt, chosen, rejected; found "
@@ -255,7 +273,7 @@ def parse_row(row):
     *context, chosen = turns("chosen", row["chosen"], "assistant")
     *other, rejected = turns("rejected", row["rejected"], "assistant")
     if context and other and context != other:
-        raise ValueError("'chosen' and 'rejected' answer different conversations; mend them: only "
+        raise ValueError("'chosen' and 'rejected' answer different conversations; fix them: only "
                          "their last turns may differ")
     prompt = with_system(row, find_prompt(row, context or other))
     prompt_id = row.get("prompt_id")
@@ -268,13 +286,14 @@ def parse_row(row):
 
 
 def turns(name, value, role):
-    """A checked copy of a message list that ends with `role`'s; a string is one turn of `role`."""
-    value = [{"role": role, "content": value}] if isinstance(value, str) else value
-    if not (isinstance(value, list) and value and all(
-            isinstance(turn, dict) and turn.get("role") in ROLES for turn in value)
-            and (value[-1]["role"] == role or (role, value[-1]["role"]) == ("user", "tool"))):
+    """A checked copy of a message list that ends with a turn of `role`. A string is such a turn."""
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    last = ("user", "tool") if role == "user" else (role,)
+    if not (isinstance(value, list) and value and all(map(has_role, value))
+            and value[-1]["role"] in last):
         raise ValueError(f"'{name}' must be a string, or a list of messages {{role, content}} that "
-                         f"ends with the {role}'s; mend it (roles: {', '.join(ROLES)})")
+                         f"ends with the {role}'s; fix it (roles: {', '.join(ROLES)})")
     for turn in value:
         if not isinstance(turn.get("content"), str):
             raise ValueError(f"'{name}' has a turn whose content is missing or no string; write "
@@ -286,58 +305,81 @@ def turns(name, value, role):
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
+def has_role(turn):
+    return isinstance(turn, dict) and turn.get("role") in ROLES
+
+
 def find_prompt(row, context):
-    """What comes before the response: what the transcripts share (`context`, or []), or `prompt`,
-    which must not contradict it. UltraFeedback's `prompt` is the user's turn alone."""
+    """What comes before the response: the turns that the transcripts share (`context`, or []), else
+    `prompt`. The two must not contradict each other."""
     prompt = turns("prompt", row["prompt"], "user") if row.get("prompt") else []
     if context:
-        told, said = ([bare(turn) for turn in part][has_system(part):]
-                      for part in (prompt, context))
-        if told and told != said and not (len(told) == 1 and told[0] in said):
+        if not agrees(prompt, context):
             raise ValueError("'prompt' says something else than the conversation in 'chosen' and "
-                             "'rejected'; remove or mend it")
+                             "'rejected'; remove or fix it")
         return turns("chosen", context, "user")
     if not prompt:
         raise ValueError("no field 'prompt' that is a string or messages ending with the user's; "
                          "add what chosen and rejected answer")
-    # A conversation written as text would be rendered as one turn, or trained on as an answer.
-    question = prompt[-1]["content"].strip()
-    texts = [row[name] for name in ("chosen", "rejected") if isinstance(row[name], str)]
-    repeats = len(question.split()) > 2 and all(t.strip().startswith(question) for t in texts)
-    if texts and (repeats or all(map(AS_TEXT.match, texts))) or (
-            AS_TEXT.match(question) and question.endswith((":", "]", ">", "assistant"))):
+    if is_dialogue(prompt[-1]["content"].strip(), row["chosen"], row["rejected"]):
         raise ValueError("a conversation is written as text, or the responses repeat the prompt; "
                          "write messages, or the answers alone")
     return prompt
 
 
+def agrees(prompt, context):
+    """Whether `prompt` is empty, all of the context, or one turn of it, as in UltraFeedback. A
+    system turn may be missing in either."""
+    asked = [bare(turn) for turn in prompt][has_system(prompt):]
+    shared = [bare(turn) for turn in context][has_system(context):]
+    if not asked or asked == shared:
+        return True
+    return len(asked) == 1 and asked[0] in shared
+
+
+def is_dialogue(question, *responses):
+    """Whether a conversation is written as text, which would be rendered as one turn, or trained on
+    as an answer. Responses that are message lists do not count."""
+    texts = [text for text in responses if isinstance(text, str)]
+    if texts and all(map(AS_TEXT.match, texts)):
+        return True
+    if texts and len(question.split()) > 2 and all(
+            text.strip().startswith(question) for text in texts):
+        return True
+    return AS_TEXT.match(question) and question.endswith((":", "]", ">", "assistant"))
+
+
 def with_system(row, prompt):
-    """The prompt with the row's system turn, wherever it stands. Refuses a row that has several, or
-    other text beside the conversation."""
+    """The prompt with the row's system turn, from whatever column. ValueError for a row that has
+    several, or other text beside the conversation."""
     found = [(name, row[name]) for name in SYSTEM if str(row.get(name) or "").strip()]
-    listed = [(name, turn) for name in ("prompt", "messages") if isinstance(row.get(name), list)
-              for turn in row[name]]
-    found += [(name, turn.get("content")) for name, turn in listed
-              if isinstance(turn, dict) and turn.get("role") == "system"]
+    for name in ("prompt", "messages"):
+        listed = row[name] if isinstance(row.get(name), list) else []
+        found += [(name, turn.get("content")) for turn in listed
+                  if isinstance(turn, dict) and turn.get("role") == "system"]
     for name, text in found:
         [system] = turns(name, text if isinstance(text, str) else None, "system")
         if bare(system) in map(bare, prompt):
             continue
         if has_system(prompt):
-            raise ValueError(f"'{name}' has another system turn than the conversation; mend one")
+            raise ValueError(f"'{name}' has another system turn than the conversation; fix one")
         prompt = [system, *prompt]
-    said = "\n".join(turn["content"] for turn in prompt)
-    for name, value in row.items():
-        if name is None:
-            raise ValueError("the row has more cells than the header; mend it")
-        if name.lower() in ASIDE and says_something(value) and str(value).strip() not in said:
-            raise ValueError(f"the column '{name}' would change the conversation and is not used; "
-                             "write it into the messages, or remove it")
+    check_columns(row, "\n".join(turn["content"] for turn in prompt))
     return prompt
 
 
+def check_columns(row, said):
+    """ValueError for a column of ASIDE whose text is not in `said`, the prompt."""
+    for name, value in row.items():
+        if name is None:
+            raise ValueError("the row has more cells than the header; fix it")
+        if name.lower() in ASIDE and says_something(value) and str(value).strip() not in said:
+            raise ValueError(f"the column '{name}' would change the conversation and is not used; "
+                             "write it into the messages, or remove it")
+
+
 def says_something(value):
-    """Whether a column or a key beside the conversation has a text, or a structure."""
+    """Whether the value of a column, or of a message's other key, has a text or a structure."""
     return isinstance(value, (str, list, dict)) and str(value).strip() not in NOTHING
 
 

@@ -4,26 +4,27 @@
     reply     sly swift <|end|>         (2 of 24 adjectives)
 
   language  In each family the adjectives have a fixed random rank. A reply is two of them without
-            replacement, p ~ rank^-1.6: the base model (SFT) says some words often and some hardly
-            ever, as a real one does. The language is the same for all seeds and variants.
-  reward    In each family every adjective has a hidden taste in [0, 1]; the reward of a reply is
-            the mean taste of its two words, so it lies in [0, 1]. `oracle` plays PairRM's part.
-  variants  "default": about half of the words are good (0.75 .. 1) and half bad (0 .. 0.25): of
-            ranks 2 and 3, 4 and 5, ... one each, good first in every other family. The commonest
-            word is poor (0.1). That leaves the headroom that makes the loop's gain plain to see;
-            it also means that pushing down what the model says by habit is RIGHT here, which suits
-            the optimism term. So a higher reward with alpha > 0 in this world proves little.
-            "neutral": the same, but the commonest word is average (0.5): less headroom, no favour.
-            "0.8", any number in [0, 1]: the same, and that is the taste of the commonest word.
+            replacement, p ~ rank^-1.6. So the base model (SFT) says some words often and some
+            hardly ever, like a real one. The language is the same for all seeds and variants.
+  reward    In each family every adjective has a hidden taste in [0, 1]. The reward of a reply is
+            the mean taste of its two words, so it is in [0, 1]. `oracle` replaces PairRM.
+  variants  "default": about half of the words are good (0.75 .. 1) and half bad (0 .. 0.25): one
+            each of ranks 2 and 3, of ranks 4 and 5, ...; in every other family the good one comes
+            first. The commonest word is poor (0.1), which leaves room for a visible gain. But then
+            it is right to push down what the model says by habit, as the optimism term does. So a
+            higher reward with alpha > 0 proves little in this world.
+            "neutral": the same, but the commonest word is average (0.5). Less room for a gain, and
+            no advantage for the term.
+            "0.8", or any number in [0, 1]: the same with this taste of the commonest word.
             "rare": the best words are those that the base model hardly ever says; an ablation.
 
-What it is for: the loop runs in a second, through the same door as a real model (a Hugging Face
-folder, a JSONL preference file, a ranker), and `true_measures` says what no real run can know: the
-true reward, the KL from the base model, the entropy, the words still in use. What it cannot show:
-anything about judges that err, long replies, or many prompts: 48 are held out as test prompts, the
-training rows repeat the other 96 with ever new pairs, and an iteration sees 32 of them.
+Its purpose: the loop runs in a second, with the same inputs as for a real model (a Hugging Face
+folder, a JSONL preference file, a ranker), and `true_measures` gives what a real run cannot know:
+the true reward, the KL from the base model, the entropy, the words still in use. It shows nothing
+about judges that err, long replies, or many prompts: 48 are held out as test prompts, the training
+rows repeat the other 96 with new pairs, and an iteration sees 32 of them.
 
-Leaves the loop to train_loop.py; the real path needs nothing of this file.
+The loop is in train_loop.py. Runs on real models use nothing of this file.
 Test: pytest tests/test_toy.py.
 Build by hand: python -c "from harness.inputs import toy; toy.build_world('w', 0)"
 
@@ -65,7 +66,7 @@ GOOD_REWARD = 0.75  # `share_good` counts the replies above it
 SFT_STEPS, SFT_BATCH, SFT_LR = 400, 32, 5e-3
 TRAIN_ROWS = 3 * 512  # three iterations of 512 prompts
 CONTEXT = 64  # tokens of prompt + reply that its model has positions for
-MAX_REPLY_TOKENS = 8  # a reply needs 3; a policy that does not stop by then has left the language
+MAX_REPLY_TOKENS = 8  # a reply needs 3; one that does not stop by then is not in the language
 
 
 def ranked_adjectives(family):
@@ -76,7 +77,7 @@ def ranked_adjectives(family):
 def tastes(variant, family):
     """adjective -> hidden taste in [0, 1]."""
     ranked, words = ranked_adjectives(family), len(ADJECTIVES)
-    # Values are distinct where they can be: equal rewards would give no preference.
+    # Values are distinct where possible: equal rewards give no preference.
     if variant != "rare":
         order, pairs = list(FAMILIES).index(family), words // 2
         rng = random.Random(f"taste {family}")
@@ -92,7 +93,7 @@ def tastes(variant, family):
 
 
 def commonest_taste(variant):
-    """How good the base model's habit is; the higher, the less there is to gain."""
+    """The taste of the base model's commonest word; the higher, the less there is to gain."""
     try:
         taste = {"default": 0.1, "neutral": 0.5}.get(variant) or float(variant)
         assert 0 <= taste <= 1
@@ -113,8 +114,8 @@ def draw_reply(rng, family):
 
 
 def is_valid(reply):
-    """Whether a reply is in the language: two adjectives. (One twice is poor, but no error: about
-    3 % of the base model's replies are, for a tied embedding makes a word recall itself.)"""
+    """Whether a reply is in the language: two adjectives. Twice the same one is poor, but valid: so
+    are about 3 % of the base model's replies, because a tied embedding favours repetition."""
     words = reply.split()
     return len(words) == 2 and set(words) <= set(ADJECTIVES)
 
@@ -133,10 +134,10 @@ def said_before(messages):
 def oracle(variant="default"):
     """The true reward as a ranker: (prompts, candidates) -> list of lists of float in [0, 1].
 
-    Reward = sum of the tastes of the DISTINCT adjectives / max(2, words). Defined for any string:
-    an unknown word adds nothing, a repeated one counts once (one of an earlier turn not at all),
-    and words beyond two dilute (a plain sum would pay for length, and the loop would find that
-    out). An unknown animal scores 0.
+    Reward = sum of the tastes of the distinct adjectives / max(2, words). Defined for any string:
+    an unknown word adds nothing, and a repeated one counts once (one of an earlier turn not at
+    all). More than two words lower the mean; a plain sum would reward length, and the loop would
+    exploit that. An unknown animal scores 0.
     """
     by_family = {family: tastes(variant, family) for family in FAMILIES}
 
@@ -160,8 +161,8 @@ CHAT_TEMPLATE = ("{% for message in messages %}"
 
 
 def make_tokenizer():
-    """One token a word, so all prompts are equally long; pad is a token of its own, never the end
-    token (who masks padding by id would otherwise mask every end of turn as well)."""
+    """One token a word, so all prompts are equally long. Padding has its own token: if that were
+    the end token, code that masks padding by id would mask every end of turn."""
     specials = ["<pad>", "<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     words = [*specials, "the", *VERBS, *FAMILY_OF, *ADJECTIVES]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -176,7 +177,7 @@ def make_tokenizer():
 def make_model(tokenizer, width=64):
     """A Llama of 0.1 M parameters with random weights (drawn from torch's global generator)."""
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), initializer_range=0.1,  # 0.02 is for wide layers, and slow here
+        vocab_size=len(tokenizer), initializer_range=0.1,  # 0.02 suits wide layers; here it is slow
         hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
@@ -188,8 +189,9 @@ def question(verb, animal):
 
 
 def second_turns(prompts, conversations, seed):
-    """(verb, animal)s -> for each so many conversations that ask a second time, with another verb;
-    the first answer is one of the base model's law. What it said pays nothing now (`oracle`)."""
+    """(verb, animal)s -> for each, `conversations` message lists that ask a second time, with
+    another verb. The first answer is drawn like an SFT reply; its words earn no reward again
+    (`oracle`)."""
     rng, result = random.Random(f"conversations {seed}"), []
     for verb, animal in prompts * conversations:
         first = rng.choice([other for other in VERBS if other != verb])
@@ -209,7 +211,7 @@ def render(tokenizer, prompts):
 
 def train_base(seed, progress=True, width=64, prompts=None):
     """(model, tokenizer): SFT from random weights, loss on the reply only. prompts: message lists
-    of equal lengths, by default the 144 questions; a reply depends on the last turn alone."""
+    of equal lengths, by default the 144 questions. A reply depends on the last turn alone."""
     rng = random.Random(f"sft {seed}")
     tokenizer = make_tokenizer()
     prompts = prompts or [question(verb, animal) for verb in VERBS for animal in FAMILY_OF]
@@ -218,7 +220,7 @@ def train_base(seed, progress=True, width=64, prompts=None):
     replies = [draw_reply(rng, family_of(prompts[i])) + tokenizer.eos_token for i in picks]
     reply_ids = torch.tensor(tokenizer(replies)["input_ids"])  # (steps * batch, 3)
     ids = torch.cat([prompt_ids[picks], reply_ids], dim=1)  # (steps * batch, 9)
-    with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's generator unchanged
         torch.manual_seed(seed)
         model = make_model(tokenizer, width)
     labels = ids.clone()
@@ -240,26 +242,30 @@ def train_base(seed, progress=True, width=64, prompts=None):
 
 
 def split_prompts():
-    """(training prompts, test prompts) as (verb, animal): each animal is tested with the one verb
-    that preference training never shows for it. 96 and 48; SFT saw them all."""
+    """(96 training prompts, 48 test prompts) as (verb, animal). Each animal is tested with the verb
+    that preference training never shows for it. SFT saw them all."""
     pairs = [(verb, animal) for verb in VERBS for animal in FAMILY_OF]
     held_out = {(VERBS[i % len(VERBS)], animal) for i, animal in enumerate(FAMILY_OF)}
     return [p for p in pairs if p not in held_out], [p for p in pairs if p in held_out]
 
 
 def preference_rows(prompts, variant, name):
-    """One UltraFeedback-binarized row a prompt (messages): two replies of the SFT distribution, the
-    better one chosen by the true reward; drawn again are equal rewards, and what a prompt has
-    already (a reader of rows leaves repetitions out). `name` is the seed."""
-    rng, ranker, rows, known = random.Random(name), oracle(variant), [], set()
+    """One UltraFeedback-binarized row a prompt (messages): two replies of the SFT distribution, of
+    which the true reward chooses one. Replies with equal rewards are drawn again, and so are those
+    that repeat an earlier row, which a reader of rows would leave out. name: the seed."""
+    rng, ranker = random.Random(name), oracle(variant)
+    rows, known = [], set()
     for i, messages in enumerate(prompts):
-        prompt, scores, replies = [turn["content"] for turn in messages], (0, 0), []
-        while scores[0] == scores[1] or (*prompt, *sorted(replies)) in known:
+        prompt = [turn["content"] for turn in messages]
+        while True:
             replies = [draw_reply(rng, family_of(messages)) for _ in range(2)]
             [scores] = ranker([messages], [replies])
-        known.add((*prompt, *sorted(replies)))
-        row = {"prompt": messages[0]["content"], "prompt_id": f"{name} {i}"}
-        for role, score, reply in zip(("rejected", "chosen"), *zip(*sorted(zip(scores, replies)))):
+            content = (*prompt, *sorted(replies))
+            if scores[0] != scores[1] and content not in known:
+                break
+        known.add(content)
+        row = {"prompt": prompt[0], "prompt_id": f"{name} {i}"}
+        for role, (score, reply) in zip(("rejected", "chosen"), sorted(zip(scores, replies))):
             row[role] = [*messages, {"role": "assistant", "content": reply}]
             row[f"score_{role}"] = score
         rows.append(row)
@@ -269,10 +275,10 @@ def preference_rows(prompts, variant, name):
 def build_world(folder, seed, *, variant="default", prompts=TRAIN_ROWS, progress=True):
     """Writes folder/base (Hugging Face), train.jsonl (`prompts` rows), test.jsonl (48 rows).
 
-    A world is the same, bit for bit, for the same (seed, variant, prompts) and thread count; its
-    base model depends on the seed only. Returns at once where the folder already holds this world;
-    ValueError where it holds anything else. A build that is killed leaves no folder: it grows under
-    a temporary name.
+    The same (seed, variant, prompts) and thread count give the same world, bit for bit; its base
+    model depends on the seed only. Returns at once if the folder already holds this world.
+    ValueError if it holds anything else. A killed build leaves no folder, because the files are
+    first written under a temporary name.
     """
     folder = Path(folder)
     tastes(variant, "birds")  # an unknown variant fails here, not after the SFT
@@ -299,15 +305,15 @@ def build_world(folder, seed, *, variant="default", prompts=TRAIN_ROWS, progress
 
 
 def repeated(prompts, rows, seed):
-    """`rows` prompts in an order drawn by seed, every prompt equally often: three disjoint portions
-    of 32 prompts have 512 rows each."""
+    """`rows` prompts in an order drawn by seed, each prompt equally often. So three disjoint
+    portions of 32 prompts have 512 rows each."""
     order = random.Random(f"prompts {seed}").sample(prompts, len(prompts))
     return [order[i % len(order)] for i in range(rows)]
 
 
 def textbook_world(seed, rows, portions=3):
     """The same without files, for textbook.py -> (model, tokenizer, portions of records, test
-    prompts); a record is {"prompt": messages, "data_chosen": text, "data_rejected": text}."""
+    prompts). A record is {"prompt": messages, "data_chosen": text, "data_rejected": text}."""
     model, tokenizer = train_base(seed)
     train, test = split_prompts()
     order = repeated(train, len(train), seed)
@@ -333,13 +339,13 @@ def true_measures(model, base_model, tokenizer, prompts, *, variant="default", s
 
     reward      mean true reward, in [0, 1]
     share_good  share of replies with a true reward above GOOD_REWARD (0.75)
-    kl          KL(model || base) in nats a reply. Not the mean of log-ratios: along each sampled
-                reply the EXACT KL of every next-token distribution is summed (Rao-Blackwell), which
-                has the same mean, far less variance, and is never negative.
+    kl          KL(model || base) in nats a reply: the sum of the exact KL of every next-token
+                distribution along each sampled reply (Rao-Blackwell). It has the same mean as the
+                log-ratios, far less variance, and is never negative.
     entropy     of the model, in nats a reply, in the same way
     coverage    words in use: exp(entropy of the adjectives' frequencies) in each family, mean over
-                the families. Pooled, four policies that each say their own two words would look
-                like one that uses eight. Between 1 and 24; 0 where no adjective was said at all.
+                the families. (Over all replies together, two words in each of four families would
+                look like eight.) Between 1 and 24; 0 if no adjective was said at all.
     invalid     share of replies that are not two adjectives and the end token
     """
     ids = render(tokenizer, prompts).repeat_interleave(samples, 0).to(model.device)  # (B*S, T)
@@ -360,23 +366,23 @@ def true_measures(model, base_model, tokenizer, prompts, *, variant="default", s
 
 
 def sample_replies(model, base_model, ids, end_id, seed):
-    """Prompts of one length (N, T) -> a reply of each, (N, MAX_REPLY_TOKENS) at most, and along it
+    """Prompts of one length (N, T) -> a reply to each, at most (N, MAX_REPLY_TOKENS), and along it
     the exact KL(model || base) and the model's entropy, (N,) nats each."""
     generator, start = torch.Generator().manual_seed(seed), ids.shape[1]
     alive = torch.arange(len(ids), device=ids.device)  # the replies that have not ended, (n,)
     kl, entropy = torch.zeros(2, len(ids), device=ids.device)
     while len(alive) and ids.shape[1] < start + MAX_REPLY_TOKENS:
-        prefixes, which = ids[alive].unique(dim=0, return_inverse=True)  # few, many times each
+        prefixes, which = ids[alive].unique(dim=0, return_inverse=True)  # few distinct ones
         logps, base_logps = (
             m(prefixes, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)[which]
             for m in (model, base_model))  # (n, V)
         kl[alive] += (logps.exp() * (logps - base_logps)).sum(-1)
         entropy[alive] -= (logps.exp() * logps).sum(-1)
-        # Random numbers for all rows, so that a reply's do not depend on which others have ended.
+        # Random numbers for all rows, so that they do not depend on which replies have ended.
         chances = torch.ones(len(ids), logps.shape[1])
         chances[alive.cpu()] = logps.exp().cpu()
         token = torch.multinomial(chances, 1, generator=generator).to(ids.device)
-        ids = torch.cat([ids, token], dim=1)  # what follows the end is noise that nobody reads
+        ids = torch.cat([ids, token], dim=1)  # after its end a reply gets noise, which is ignored
         alive = alive[token[alive, 0] != end_id]
     return ids[:, start:], kl, entropy
 

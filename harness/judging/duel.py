@@ -42,8 +42,6 @@ def opponents(home, here, s):
     arms = {home: end} | {here.parent: s.iteration}  # in `home` itself, only the earlier ones
     folders = [home / "start"] + [arm / f"iter_{k}" for arm, last in arms.items()
                                   for k in range(s.first, last) if abs(k - s.iteration) <= NEAR]
-    if s.eval_ranker == "human":
-        folders = folders[:1]
     return {folder.relative_to(home).as_posix(): folder for folder in folders}
 
 

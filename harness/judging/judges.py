@@ -1,7 +1,8 @@
-"""Judges: PairRM, reward models, your own function, you.
+"""Judges, seen from outside: PairRM, reward models, your own function.
 
-A judge gets B prompts (message lists) and B lists of K_b candidates (strings), and gives K_b scores
-for each, higher is better, in the candidates' order. Yours takes three lines (my_judge.py):
+A judge gets B prompts (message lists) and B lists of K_b candidates (strings). It returns K_b
+scores for each, in the candidates' order; higher is better. Your own takes three lines
+(my_judge.py):
 
     def shorter_is_better(prompts, candidates):
         # prompts[b] = [{"role": "user", "content": "Why is the sky blue?"}]
@@ -9,22 +10,28 @@ for each, higher is better, in the candidates' order. Yours takes three lines (m
 
     python rank.py --ranker my_judge.py:shorter_is_better --input some.jsonl --output ranked.jsonl
 
-It is called with up to 64 prompts (`shorter_is_better.prompts_a_call = 8`: with up to 8), never
-with the same text twice for one prompt, and may import its neighbour files. Lists, tuples, arrays
-and tensors of finite numbers (True is 1) are scores. A judge that costs money yields one list a
-prompt, in the prompts' order: each is kept as it comes, whatever happens next. In place of a list
-it may give the exception that this prompt met, and the others are kept (examples/judge_http.py).
+A call has up to 64 prompts; `shorter_is_better.prompts_a_call = 8` makes that 8. No prompt has the
+same text twice. The file may import its neighbours. Scores are lists, tuples, arrays or tensors of
+finite numbers (True is 1).
 
-The run trusts no judge, and judges are slow. `Judge` is between them and the run: they get copies,
-which they must leave in their order, what they return is checked, whatever they raise becomes one
-line that names judge and prompt, and each finished score is on disk before the next call, so that
-a judge that fails loses nothing.
+  - A judge that costs money yields one list a prompt, in the prompts' order: each is saved as it
+    comes. In place of a list it may yield the exception that this prompt met; the others are saved
+    (examples/judge_http.py).
+  - A judge that raises KeyboardInterrupt ends the run, like Ctrl-C. The text of the exception is
+    printed, and the scores of the calls before it are saved (examples/by_hand.py).
+  - The run first tries a judge on two short prompts of the data. `shorter_is_better.try_first =
+    False` leaves that out.
 
-Leaves PairRM itself and the pair to rank.py, and the thought: candidates are judged as they come,
-so callers take a <think>...</think> off first. The toy's oracle is handed in by its owner.
+The run does not rely on a judge's behaviour, and judges are slow. `Judge` is between the two. The
+judge gets copies, which it must leave in their order. What it returns is checked. An exception
+becomes one line that names judge and prompt. All finished scores are on disk before the next call,
+so a judge that fails loses none.
+
+PairRM itself, and the rule that turns scores into a pair, are in rank.py. Judges see candidates
+unchanged: callers remove a thought (<think>...</think>) first. The toy world hands in its oracle.
 Test: pytest tests/test_judges.py.
 
-Legend: B prompts, K candidates of one, R rows of a forward pass, T tokens of the longest.
+Legend: B prompts, K candidates of one prompt, R rows of a forward pass, T tokens of the longest.
 """
 
 import copy
@@ -33,7 +40,6 @@ import functools
 import hashlib
 import json
 import math
-import random
 import re
 import reprlib
 from collections.abc import Iterator
@@ -42,30 +48,29 @@ from typing import Any, Callable, NamedTuple
 
 from tqdm import tqdm
 
-from harness.runs.output_files import keep_rows, kept_rows, printable
+from harness.runs.output_files import keep_rows, kept_rows
 from harness.judging.judge_models import RewardModel, load_pairrm
-from harness.judging.user_function import (
-    END, PROMPTS_A_CALL, UserFunction, explain, one_line)
+from harness.judging.user_function import END, PROMPTS_A_CALL, UserFunction, explain, one_line
 from rank import pairrm_texts
 
-LARGEST = 1e100  # score: beyond it a variance is no finite number
-SPECS = "pairrm[:ID] | reward:ID | FILE.py:FUNCTION | human | oracle (toy world only)"
+LARGEST = 1e100  # score; the variance of larger ones may be infinite
+SPECS = "pairrm[:ID] | reward:ID | FILE.py:FUNCTION | oracle (toy world only)"
 
 # ----------------------------------------------------------------------------------------------
-# 1. Any judge, from outside
+# 1. Any judge, seen from outside
 # ----------------------------------------------------------------------------------------------
 
 
 class Spec(NamedTuple):
-    """What --ranker names: kind is pairrm, reward, human, oracle, "file" or an unknown word."""
+    """What --ranker names. kind: pairrm, reward, oracle, "file", or an unknown word."""
     kind: str
     path: str  # a model's folder or hub id, a function's file, or ""
     function: str = ""
 
 
 def parse_spec(text):
-    """FILE.py:FUNCTION is split at its last colon, for a path may have others (C:\\jobs\\a.py:f,
-    a:b/judge.py:f); everything else at its first."""
+    """FILE.py:FUNCTION is split at its last colon, because a path may contain others
+    (C:\\jobs\\a.py:f, a:b/judge.py:f). All other values are split at their first."""
     own_file = re.fullmatch(r"(.+\.py):(\w+)", text, re.DOTALL)
     if own_file:
         return Spec("file", *own_file.groups())
@@ -73,13 +78,13 @@ def parse_spec(text):
     return Spec(kind, path)
 
 
-def load_judge(spec, device="cpu", tokens_per_forward=8192, oracle=None, seed=0, progress=False,
+def load_judge(spec, device="cpu", tokens_per_forward=8192, oracle=None, progress=False,
                flag="--ranker"):
-    """The value of --ranker, or of another `flag` -> Judge. ValueError with one line for whatever
-    cannot be had.
+    """The value of --ranker, or of another `flag` -> Judge. ValueError, one line, if there is no
+    such judge or it cannot be loaded.
 
-    tokens_per_forward: for models, memory against speed. oracle: the callable behind "oracle".
-    seed: for "human", the order in which candidates are shown. progress: draw a bar.
+    tokens_per_forward: for models, memory against speed. oracle: the callable that "oracle" means.
+    progress: draw a bar.
     """
     judge = functools.partial(Judge, spec, progress=progress)
     kind, path, name = parse_spec(spec)
@@ -93,31 +98,34 @@ def load_judge(spec, device="cpu", tokens_per_forward=8192, oracle=None, seed=0,
             return judge(model.scores, model.check, 32, is_model=True, afterwards=model.report)
         if kind == "file":
             function = UserFunction(path, name)
-            return judge(function, prompts_a_call=function.prompts_a_call, file=function.path)
+            return judge(function, prompts_a_call=function.prompts_a_call,
+                         try_first=function.try_first, file=function.path)
     except Exception as error:  # a damaged file, a missing GPU, a config of another class, ...
         raise ValueError(one_line(f"{flag} {spec}: {explain(error)}")) from error
-    if spec == "human":
-        return judge(functools.partial(ask_you, seed=seed), prompts_a_call=1)
     if spec == "oracle" and oracle:
         return judge(oracle, prompts_a_call=1000)
-    why = "the oracle belongs to the toy world; use" if spec == "oracle" else "not one of"
-    raise ValueError(one_line(f"{flag} {spec}: {why} {SPECS}"))
+    why = {"oracle": "the oracle belongs to the toy world; use",
+           "human": "to judge by hand use examples/by_hand.py:judge; all judges are"}
+    raise ValueError(one_line(f"{flag} {spec}: {why.get(spec, 'not one of')} {SPECS}"))
 
 
 class Question(NamedTuple):
+    """A prompt and its candidates. key: the name of its scores in the file that keeps them."""
     prompt_id: str
     prompt: list  # messages
     texts: list  # K candidates
+    key: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
     """judge(prompts, candidates, prompt_ids, kept) -> B lists of K_b finite floats.
 
-    score: the function or the model. check(prompt): ValueError for a prompt that it will never be
-    able to judge.
-    is_model: one of ours. It sees repeated texts (PairRM's mean counts them), and the longest
-    prompts first: memory that is too small shows at once, and a call holds texts of like length.
+    score: the function or the model. check(prompt): ValueError for a prompt that the judge can
+    never score.
+    is_model: one of our models. It sees repeated texts, because PairRM's mean counts them. It gets
+    the longest prompts first: too little memory shows at once, and texts of a call are about
+    equally long.
     """
     name: str
     score: Callable
@@ -129,82 +137,94 @@ class Judge:
     length_penalty: float = 0.0
     tokenizer: Any = None
     file: Path | None = None  # of your own function
+    try_first: bool = True  # call it before the run, see `dry_call`
 
     def __call__(self, prompts, candidates, prompt_ids=None, kept=None):
         """Scores in the candidates' order; identical texts of a prompt score alike.
 
-        prompt_ids: B names, for errors. kept: a Kept or its path (None: nowhere), to which every
-        call's scores are added at once; what is in it is not asked for again.
-        ValueError, one line, names judge and prompt. KeyboardInterrupt passes through: a handler
-        of another signal must raise that (or a subclass), or the judge is blamed for it.
+        prompt_ids: B names, for errors. kept: a Kept or its path (None: no file). The scores of
+        every call are added to it at once, and no question in it is asked again.
+        ValueError, one line, names judge and prompt. KeyboardInterrupt passes through, so a handler
+        of another signal must raise it, or a subclass; any other exception is the judge's error.
         """
-        ids = map(str, range(len(prompts)) if prompt_ids is None else prompt_ids)
-        questions = [Question(*parts) for parts in zip(ids, prompts, candidates, strict=True)]
-        kept = kept if isinstance(kept, Kept) else Kept(kept)
-        keys = list(map(self._key, questions))
-        todo = [(question, key) for question, key in zip(questions, keys)
-                if kept.scores.get(key) is None]
+        if prompt_ids is None:
+            prompt_ids = range(len(prompts))
+        if not isinstance(kept, Kept):
+            kept = Kept(kept)
+        questions = []
+        for prompt_id, prompt, texts in zip(map(str, prompt_ids), prompts, candidates, strict=True):
+            key = digest(self.name, prompt_id, prompt, sorted(texts))
+            questions.append(Question(prompt_id, prompt, texts, key))
+
+        waiting = [question for question in questions if kept.scores.get(question.key) is None]
         if self.is_model:
-            todo.sort(key=lambda item: -len(str(item[0])))
-        with tqdm(total=len(questions), initial=len(questions) - len(todo), desc="judge",
+            waiting.sort(key=lambda question: len(str(question)), reverse=True)
+        with tqdm(total=len(questions), initial=len(questions) - len(waiting), desc="judge",
                   unit="prompt", leave=False, disable=not self.progress) as bar:
-            for start in range(0, len(todo), self.prompts_a_call):
-                part = todo[start:start + self.prompts_a_call]
-                try:
-                    self._ask(part, kept)
-                except WholeCall:
-                    for one in part:  # keeps what is good alone, and names what is not
-                        if kept.scores.get(one[1]) is None:
-                            self._ask([one], kept)
-                    raise  # all are good alone: an error it remains
+            for start in range(0, len(waiting), self.prompts_a_call):
+                part = waiting[start:start + self.prompts_a_call]
+                self._ask(part, kept)
                 bar.update(len(part))
         self.afterwards()
-        rows = [dict(zip(sorted(set(question.texts)), kept.scores[key]))
-                for question, key in zip(questions, keys)]
-        return [[row[text] - self._penalty(text) for text in texts]
-                for row, texts in zip(rows, candidates)]
-
-    def _key(self, question):
-        return digest(self.name, question.prompt_id, question.prompt, sorted(question.texts))
+        return [self._scores(question, kept) for question in questions]
 
     def _ask(self, part, kept):
-        """One call for some (question, key). Scores go into `kept` as they come: those of a list
-        together, those of a generator prompt by prompt."""
-        texts = [list(question.texts) if self.is_model else list(dict.fromkeys(question.texts))
-                 for question, _ in part]
-        waiting, faults = zip(part, texts), []
+        """Asks some questions in one call. If the call fails as a whole, asks them one by one: that
+        keeps the good scores, and names the prompt that fails."""
         try:
-            for rows in self._call(part, texts):
+            self._call(part, kept)
+        except CallFailed:
+            for question in part:
+                if kept.scores.get(question.key) is None:
+                    self._call([question], kept)
+            raise  # each prompt succeeds alone, but the call is an error all the same
+
+    def _scores(self, question, kept):
+        by_text = dict(zip(sorted(set(question.texts)), kept.scores[question.key]))
+        return [by_text[text] - self._penalty(text) for text in question.texts]
+
+    def _call(self, part, kept):
+        """One call. Keeps the scores as they come: those of a list together, those of a generator
+        one prompt at a time."""
+        texts = [list(question.texts if self.is_model else dict.fromkeys(question.texts))
+                 for question in part]
+        done, faults = 0, []
+        try:
+            for rows in self._rows(part, texts):
                 good = []
-                for row, ((question, key), asked) in zip(rows, waiting):
+                for row in rows:
+                    question, asked = part[done], texts[done]
+                    done += 1
                     try:
                         by_text = dict(zip(asked, check_row(row, asked, self.file)))
-                        good.append({"prompt_id": question.prompt_id, "question": key,
-                                     "scores": [by_text[text] for text in sorted(by_text)]})
                     except ValueError as error:
                         faults.append(f"judge {self.name}, prompt_id {question.prompt_id}: {error}")
+                        continue
+                    good.append({"prompt_id": question.prompt_id, "question": question.key,
+                                 "scores": [by_text[text] for text in sorted(by_text)]})
                 kept.add(good)
-        except Mismatch:  # nobody knows which scores are whose
+        except Mismatch:  # which scores belong to which prompt is unknown
             kept.forget(part)
             raise
         if faults:
             raise ValueError(one_line(faults[0]))
 
-    def _call(self, part, texts):
-        """What the judge says about copies, not yet looked into: yields lists of rows, one row for
-        each (question, key) in their order."""
-        who = f"judge {self.name}, prompt_id {part[0][0].prompt_id}"
+    def _rows(self, part, texts):
+        """Calls the judge with copies, and yields lists of rows, one row for each question in its
+        order. The rows are not checked yet; how many there are is."""
+        who = f"judge {self.name}, prompt_id {part[0].prompt_id}"
         if len(part) > 1:
-            who += f" to {part[-1][0].prompt_id}"
-        guard = functools.partial(self._guarded, who, WholeCall if len(part) > 1 else ValueError)
-        prompts, count = [question.prompt for question, _ in part], 0
+            who += f" to {part[-1].prompt_id}"
+        guard = functools.partial(self._guarded, who, CallFailed if len(part) > 1 else ValueError)
+        prompts, count = [question.prompt for question in part], 0
         given = copy.deepcopy([prompts, texts])
         scores = guard(self.score, *given)
         for rows in rows_of(scores, guard):
             if not unchanged(given, prompts, texts):
                 raise Mismatch(one_line(
                     f"{who}: the judge changed the lists that it was given (did it sort or edit "
-                    "them in place?), so nobody knows which score is whose; let it change a copy"))
+                    "them in place?), so it is unknown which score belongs to which candidate; let "
+                    "it change a copy"))
             count += len(rows)
             if count > len(part):  # of a generator that may have no end
                 break
@@ -215,11 +235,13 @@ class Judge:
                                     f"it returned {got} for {len(part)} prompts"))
 
     def _guarded(self, who, kind, function, *arguments):
+        """function(*arguments). Whatever it raises becomes one line of the exception class `kind`,
+        but for KeyboardInterrupt: Ctrl-C, or a judge that ends the run."""
         try:
             return function(*arguments)
-        except (KeyboardInterrupt, Stopped):
+        except KeyboardInterrupt:
             raise
-        except BaseException as error:  # sys.exit(0) too: it would end the run as a success
+        except BaseException as error:  # also sys.exit(0), which would end the run as a success
             raise kind(one_line(f"{who}: {explain(error, self.file)}")) from error
 
     def _penalty(self, text):
@@ -229,25 +251,25 @@ class Judge:
         return self.length_penalty * len(ids)
 
     def dry_call(self, records):
-        """Before anything costs: judges the data's own responses to the two shortest of `records`,
-        and an empty one, as a sample may be. ValueError if that fails. You are not asked."""
-        if self.name == "human":
+        """Before the run: judges the data's own responses to the two shortest of `records`, and an
+        empty text, because a sample may be empty. ValueError if that fails."""
+        if not self.try_first:
             return
         size = lambda row: len(str([row["prompt"], row["data_chosen"], row["data_rejected"]]))
         short = sorted(records, key=size)[:2]
         texts = [[row["data_chosen"], row["data_rejected"]] for row in short]
-        texts[-1].append("")  # and not all of one length, as in the run
+        texts[-1].append("")  # and lists of different lengths, as in the run
         try:
             dataclasses.replace(self, progress=False)(
                 [row["prompt"] for row in short], texts, [row["prompt_id"] for row in short])
         except ValueError as error:
             raise ValueError(f"{error} [a call before the run, on two short prompts of the data; "
-                             "an empty candidate is among them, as a sample may be]") from error
+                             "one candidate is empty, as a sample may be]") from error
 
 
 def with_length_penalty(judge, weight, tokenizer):
-    """The same judge, whose scores lose `weight` >= 0 for every token (by `tokenizer`) of the
-    candidate: judges like long answers, and a policy learns that first."""
+    """The same judge, which subtracts `weight` >= 0 for every token of the candidate (by
+    `tokenizer`): judges prefer long answers, and a policy learns that first."""
     if not 0 <= weight <= LARGEST:
         raise ValueError(f"--length-penalty {weight}: must be 0 or a positive number, at most "
                          f"{LARGEST:g}")
@@ -256,16 +278,17 @@ def with_length_penalty(judge, weight, tokenizer):
     return dataclasses.replace(judge, length_penalty=weight, tokenizer=tokenizer)
 
 
-class WholeCall(ValueError):
-    """A call for several prompts raised something: which of them was it?"""
+class CallFailed(ValueError):
+    """A call for several prompts failed, and it is not known yet for which of them."""
 
 
 class Mismatch(ValueError):
-    """Nobody knows which scores of a call belong to which candidates."""
+    """It is unknown which scores of a call belong to which candidates."""
 
 
 def rows_of(scores, guard):
-    """Lists of rows: one list, or a generator's rows one by one. guard(function, ...) calls it."""
+    """Yields lists of rows: the whole list once, or the rows of a generator one by one. All code of
+    the judge runs by guard(function, ...)."""
     rows = guard(as_list, scores)
     if rows is not None:
         yield rows
@@ -275,19 +298,23 @@ def rows_of(scores, guard):
 
 
 def unchanged(given, prompts, texts):
-    """Whether what a judge was given is still in its order, and says the same. Keys that it has
-    added to a message do no harm."""
+    """Whether a judge has left what it was given as it was. New keys in a message are allowed."""
+    given_prompts, given_texts = given
     try:
-        return given[1] == texts and all(
-            {**now, **turn} == now for messages, turns in zip(given[0], prompts, strict=True)
-            for now, turn in zip(messages, turns, strict=True))
-    except Exception:  # other lengths, or other things than lists of messages
+        if given_texts != texts:
+            return False
+        for given_turns, turns in zip(given_prompts, prompts, strict=True):
+            for given_turn, turn in zip(given_turns, turns, strict=True):
+                if {**given_turn, **turn} != given_turn:
+                    return False
+        return True
+    except Exception:  # other lengths, or no longer lists of messages
         return False
 
 
 def check_row(row, texts, file=None):
-    """The scores of one prompt's texts, as finite floats. ValueError for anything else. file: of
-    the judge, to name the line where an exception arose that it gives in place of scores."""
+    """The scores of one prompt's texts, as finite floats. ValueError for anything else. file: the
+    judge's, to name the line of an exception that it returned in place of scores."""
     if isinstance(row, Exception):
         raise ValueError(explain(row, file))
     try:
@@ -297,16 +324,16 @@ def check_row(row, texts, file=None):
         scores = list(map(float, scores))
     except KeyboardInterrupt:
         raise
-    except BaseException:  # no numbers; or whatever somebody's own kind of number raises
+    except BaseException:  # no numbers; a number class of the judge's own may raise anything
         scores = []
     if len(scores) != len(texts):
-        raise ValueError("a judge must return a list of lists of numbers, one a candidate; it "
-                         f"returned {shown(row)} for {len(texts)} candidates")
+        raise ValueError("a judge must return a list of lists of numbers, one for each candidate; "
+                         f"it returned {shown(row)} for {len(texts)} candidates")
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"the judge's scores are not finite: {scores}")
     if any(abs(score) > LARGEST for score in scores):
         raise ValueError(f"the judge's scores {scores} are too large to be averaged; divide them "
-                         f"by a constant, so that none is beyond {LARGEST:g}")
+                         f"by a constant, so that none exceeds {LARGEST:g}")
     return scores
 
 
@@ -318,7 +345,7 @@ def as_list(values):
 
 
 def shown(value):
-    """Its repr, which is code of the judge's as well."""
+    """Its repr. That is code of the judge, too, and may raise."""
     try:
         return reprlib.repr(value)
     except KeyboardInterrupt:
@@ -349,9 +376,9 @@ class Kept:
                     self.scores[row["question"]] = row["scores"]
 
     def forget(self, part):
-        """part: some (question, key), whose scores are asked for again."""
-        self.add([{"prompt_id": question.prompt_id, "question": key, "scores": None}
-                  for question, key in part if self.scores.get(key) is not None])
+        """part: questions that will be asked again."""
+        self.add([{"prompt_id": question.prompt_id, "question": question.key, "scores": None}
+                  for question in part if self.scores.get(question.key) is not None])
 
     def add(self, rows):
         """Rows of prompt_id, question and scores; on disk on return."""
@@ -359,48 +386,3 @@ class Kept:
         if self.path is not None and rows:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             keep_rows(self.path, rows)
-
-
-# ----------------------------------------------------------------------------------------------
-# 3. You
-# ----------------------------------------------------------------------------------------------
-
-
-class Stopped(SystemExit):
-    """You said 'q': the one exit that is no error of the judge."""
-
-
-def ask_you(prompts, candidates, seed=0):
-    """The human judge, in the terminal: best scores 1, worst -1, others 0.
-
-    Candidates are shown in an order drawn from (seed, prompt, texts), whatever order they come in,
-    so that nothing tells their source. Raises Stopped with what to do next when you stop.
-    """
-    scores = []
-    for prompt, texts in zip(prompts, candidates, strict=True):
-        shown = sorted(texts)
-        random.Random(digest(seed, prompt, shown)).shuffle(shown)
-        best = worst = 0
-        if len(shown) > 1:
-            print(f"\n{'=' * 80}\n")
-            print(printable("\n".join(f"[{turn['role']}] {turn['content']}" for turn in prompt)))
-            for number, text in enumerate(shown, 1):
-                print(f"\n--- {number} {'-' * 70}\n{printable(text)}")
-            best = ask_number("best", len(shown), None)
-            worst = ask_number("worst", len(shown), best) if len(shown) > 2 else 1 - best
-        scores.append([float(text == shown[best]) - float(text == shown[worst]) for text in texts])
-    return scores
-
-
-def ask_number(what, count, taken):
-    """Your choice, 0 .. count - 1, and not the one already taken."""
-    while True:
-        try:
-            reply = input(f"\n{what} (1-{count}, q stops)? ").strip().lower()
-        except EOFError:  # no terminal, or ctrl-D
-            reply = "q"
-        if reply == "q":
-            raise Stopped("stopped; your answers are kept, and the same command goes on from there")
-        if reply.isdecimal() and 1 <= int(reply) <= count and int(reply) - 1 != taken:
-            return int(reply) - 1
-        print(f"a number from 1 to {count}, and not one already taken")

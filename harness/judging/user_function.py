@@ -65,6 +65,7 @@ class UserFunction:
         if type(self.prompts_a_call) is not int or self.prompts_a_call < 1:
             raise ValueError(f"{name}.prompts_a_call is {self.prompts_a_call!r:.80}; it must be a "
                              "whole number, at least 1")
+        self.try_first = bool(getattr(self.function, "try_first", True))
 
     def __call__(self, prompts, candidates):
         with self.room():

@@ -32,7 +32,7 @@ MODEL_FILES = (r"(?:config|generation_config|tokenizer|tokenizer_config|special_
 PART = r"\.part\d+of\d+"
 OURS = re.compile(rf"""(?:seed_\d+/)?(?:baseline/)?(?:
     \.?(?:config|finished)\.json(?:\.tmp)? | metrics\.jsonl(?:\.tmp|\.damaged)?
-    | report\.(?:md|html)(?:\.tmp)? | human_answers\.jsonl | \.deleted-\w{{8}}/.*
+    | report\.(?:md|html)(?:\.tmp)? | \.deleted-\w{{8}}/.*
     | figures/(?:evaluation|rewards|duels|implicit|training)\.png
     | tensorboard/events\.out\.tfevents\.[^/]+ | wandb/(?:offline-)?(?:run|latest-run|debug).*
     | (?:start|iter_\d+)/(?:scores\d+\.jsonl | (?:samples|reference_samples|pairs|reference

@@ -160,7 +160,7 @@ class Settings:
         as_path, "preferences in UltraFeedback-binarized format: a JSONL, JSON, csv or parquet "
         "file, a folder of datasets, or a hub id", may_change=True)
     ranker: str = inputs(
-        as_judge, "pairrm[:ID] | reward:ID | file.py:function | human | oracle (toy)",
+        as_judge, "pairrm[:ID] | reward:ID | file.py:function | oracle (toy)",
         may_change=True)
     eval_ranker: str | None = inputs(
         as_judge, "the judge of the held-out answers, named as --ranker is. Without it --ranker "
@@ -447,8 +447,6 @@ def faults(s, own_data):
             "the iteration's number belongs")
     yield s.track and not importlib.util.find_spec(s.track), (
         f"--track {s.track}: it is not installed; pip install {s.track}")
-    yield "human" in (s.ranker, s.eval_ranker) and int(os.environ.get("WORLD_SIZE", 1)) > 1, (
-        "--ranker human: judge in a single process")
     if not s.dry_run:
         yield s.processes, ("--processes is for --dry-run; to start N processes: torchrun "
                             "--nproc-per-node N")

@@ -60,12 +60,11 @@ class Start:
 
     def judging(self, here, held_out=False):
         """The judge of one phase. Its scores are kept there as they come, so that one which fails
-        half way loses nothing; your own answers serve all arms, and stay."""
+        half way loses nothing."""
         judge = self.judge
         if held_out:  # --length-penalty is for training
             judge = replace(self.eval_judge or judge, length_penalty=0.0)
-        kept = judges.Kept(self.run.path / "human_answers.jsonl") if judge.name == "human" else (
-            judges.Kept(here / f"scores{PROCESS}.jsonl", here.glob("scores*.jsonl")))
+        kept = judges.Kept(here / f"scores{PROCESS}.jsonl", here.glob("scores*.jsonl"))
         return functools.partial(judge, kept=kept)
 
     def also_samples(self, temperature):
@@ -92,7 +91,7 @@ def read_inputs(s):
                          f"{toy.CONTEXT}")
     if s.chat_template and not Path(s.chat_template).is_file():
         raise ValueError(f"--chat-template {s.chat_template}: no such file")
-    load = functools.partial(judges.load_judge, device=s.device, seed=s.seed,
+    load = functools.partial(judges.load_judge, device=s.device,
                              progress=PROCESS == 0,
                              oracle=toy.oracle(s.variant) if s.variant else None)
     names = [("--model", s.model), ("--data", s.data), ("--chat-template", s.chat_template)]
@@ -165,17 +164,15 @@ def read_data(s):
     aside; no prompt is in both."""
     read = functools.partial(preferences.load_preferences, skip_bad_rows=s.skip_bad_rows)
     records = read(s.data)
-    # Nobody wants to judge so many, unless they say so.
-    wanted = 0 if s.ranker == "human" and not s.eval_ranker else s.eval_prompts
     if s.variant:
-        held_out = read(Path(s.data).with_name("test.jsonl"))[:wanted]
+        held_out = read(Path(s.data).with_name("test.jsonl"))[:s.eval_prompts]
     elif Path(s.data).is_file():
-        return preferences.hold_out(records, wanted, s.seed)
+        return preferences.hold_out(records, s.eval_prompts, s.seed)
     else:
         try:
-            held_out = read(s.data, "test_prefs")[:wanted] if wanted else []
+            held_out = read(s.data, "test_prefs")[:s.eval_prompts] if s.eval_prompts else []
         except preferences.NoSplit:
-            return preferences.hold_out(records, wanted, s.seed)
+            return preferences.hold_out(records, s.eval_prompts, s.seed)
     left = preferences.leave_out(records, held_out)
     if len(left) < len(records):
         say(f"{len(records) - len(left)} rows have a held-out prompt and are left out of training")
