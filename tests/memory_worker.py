@@ -1,8 +1,9 @@
-"""What the memory plan is held against (test_memory.py): measured bytes, planned bytes, and planned /
-measured, a line each.
+"""Measures what the memory plan predicts (test_memory.py). A line for each case: measured bytes,
+planned bytes, planned / measured.
 
     python tests/memory_worker.py count                        torch's profiler: passes, sampling
-    python tests/memory_worker.py training|sampling|lora       the system: whole phases
+    python tests/memory_worker.py training|sampling|lora       the system: whole phases, all cases
+    python tests/memory_worker.py training 1                   the first case alone
     python tests/memory_worker.py shared                       torch's profiler: training, FSDP2
     python tests/memory_worker.py offloaded                    what accelerator.py holds: --offload
 """
@@ -156,7 +157,8 @@ def shared():
         to_local=lambda: whole.chunk(2)[0])
     for shape in SHARED:
         s = read(shape, ["--batch-size", "4", "--epochs", "2"])
-        yield profiled(lambda: training(s)), memory.phases(s)["training"].device / (1 + memory.HOLES)
+        planned = memory.phases(s)["training"].device / (1 + memory.HOLES)
+        yield profiled(lambda: training(s)), planned
 
 
 def offloaded():
@@ -168,17 +170,19 @@ def offloaded():
             s = read((256, 6, 4000), ["--dtype", "bf16", "--offload", *flags])
             accelerator.memory.peak = accelerator.memory.now
             training(s)
-            yield accelerator.memory.peak, memory.phases(replace(s, device="cuda"))["training"].device
+            planned = memory.phases(replace(s, device="cuda"))["training"].device
+            yield accelerator.memory.peak, planned
 
 
-def system(what):
-    """Each in a fork that has loaded the libraries, which are no part of the plan."""
+def system(what, cases=None):
+    """Each of the first `cases` in a fork that has loaded the libraries, which are no part of the
+    plan."""
     weights.spare_housekeeping()
     ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: no huge pages, half used
     lora, phase = ["--lora-rank", "8"] * (what == "lora"), what.replace("lora", "training")
     work = globals()[phase]
     work(read((64, 2, 1000), lora))
-    for shape, flags in CASES[what]:
+    for shape, flags in CASES[what][:cases]:
         child = os.fork()
         if child == 0:
             Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
@@ -206,7 +210,7 @@ if __name__ == "__main__":
     weights.stored_dtype = lambda _: torch.float32
     what = sys.argv[1]
     if what in CASES:
-        system(what)
+        system(what, *map(int, sys.argv[2:]))
     else:
         for found in globals()[what]():
             show(*found)

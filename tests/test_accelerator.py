@@ -17,12 +17,6 @@ from test_train_loop import (  # noqa: F401 (command: a fixture)
     command, rows, training, write_model)
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """They take longer than all that is compared."""
-    monkeypatch.setattr(train_loop.command, "finish", lambda *_: None)
-
-
 @pytest.fixture
 def runs(command, pairrm, tmp_path):  # noqa: F811
     """name -> flags of a run, all done on the device, at tmp_path / "device" / name."""

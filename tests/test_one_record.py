@@ -31,8 +31,7 @@ def test_the_page_is_what_the_code_makes(trace):
 def test_its_log_probs_loss_and_slopes_are_the_textbooks(trace):
     """Numbers that agree with the code and with nothing else. Oracle: textbook.py on the same model
     before the step; the slopes from the formula."""
-    model, _ = one_record.toy.train_base(0, progress=False)
-    tree = trace["tree"]
+    model, tree = trace["start"], trace["tree"]
     expected = textbook.logps(model, [tree.prompt_ids] * 2, tree.responses)
     assert trace["logps"] == pytest.approx(expected.tolist(), abs=1e-4)
     batch = [(tree.prompt_ids, *(tree.responses[i] for i in (

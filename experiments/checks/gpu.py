@@ -204,7 +204,8 @@ def speed(device, rehearse):
         tokens = train(s, 4 * s.batch_size) / 4
         train_loop.update = update
         second = statistics.median(seconds[1:])  # the first one measures optimism's share, too
-        n = memory.passes(s.model, s.compute, memory.micro_batch(s), bool(s.offload)).weights
+        n = memory_plan.passes(
+            s.model, s.compute, memory_plan.micro_batch(s), bool(s.offload)).weights
         new, took = answer(s, s.slots)
         found[name] = {"training tokens/s": tokens / second, "an update, s": second,
                        "TFLOP/s": (6 + 2 * s.gradient_checkpointing) * n * tokens / second / 1e12,

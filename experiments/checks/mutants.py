@@ -144,7 +144,7 @@ MUTANTS = [
     ("a data set without train_prefs cannot be read", "harness/inputs/preferences.py",
      "dict.fromkeys((split, SPLITS.get(split, split)))", "[split]", "tests/test_preferences.py"),
     ("a data set without a test split cannot be trained on", "harness/runs/setup.py",
-     "except rows.NoSplit:", "except ZeroDivisionError:", "tests/test_preferences.py"),
+     "except preferences.NoSplit:", "except ZeroDivisionError:", "tests/test_preferences.py"),
     ("a pipe in place of an input is waited for", "harness/inputs/files.py",
      "return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)",
      "return False", "tests/test_files.py"
@@ -193,14 +193,15 @@ MUTANTS = [
     ("samples of another engine go on after their end", "harness/inputs/engine_samples.py",
      "if not stop_ids.isdisjoint(ids[:-1]):", "if False:", "tests/test_engine_samples.py"
      "::test_ids_that_the_policy_cannot_have_said_are_refused_before_the_first_is_used"),
-    ("text of another engine that lost its channel is taken without a word", "harness/inputs/engine_samples.py",
+    ("text of another engine that lost its channel is taken without a word",
+     "harness/inputs/engine_samples.py",
      "if only_text and special:", "if False:", "tests/test_engine_samples.py"
      "::test_text_that_lost_the_channel_before_the_answer_is_reported"),
     ("rows of two versions of another engine's file are joined", "harness/inputs/engine_samples.py",
      "if used and before.exists()", "if False and before.exists()", "tests/test_engine_samples.py"
      "::test_a_file_that_changes_between_a_kill_and_the_next_command_is_noticed"),
     ("--fresh deletes the samples that it reads", "harness/runs/setup.py",
-     'names += [("--samples-from", file) for file in outside.files(s)]', "pass",
+     'names += [("--samples-from", file) for file in engine_samples.files(s)]', "pass",
      "tests/test_engine_samples.py::test_fresh_does_not_delete_the_files_that_the_run_reads"),
     ("scores of another judge are taken for this one's", "harness/judging/judges.py",
      "for file in {self.path, *others} - {None}:",
@@ -289,7 +290,8 @@ MUTANTS = [
     ("--fresh deletes a judge in the run's folder", "harness/runs/setup.py",
      '("--ranker", judges.parse_spec(s.ranker).path)', '("--ranker", "")', "tests/test_duel.py"
      "::test_a_judge_whose_path_has_a_colon_is_known_by_its_content"),
-    ("--ranker is blamed for --eval-ranker", "harness/runs/setup.py", ', flag="--eval-ranker")', ")",
+    ("--ranker is blamed for --eval-ranker",
+     "harness/runs/setup.py", ', flag="--eval-ranker")', ")",
      "tests/test_duel.py::test_an_error_of_the_judge_of_the_evaluation_names_its_own_flag"),
     ("answers that are all empty are found after sampling", "harness/runs/setup.py",
      "        check_answers(portions, s)", "        pass", LOOP

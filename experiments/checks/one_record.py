@@ -7,6 +7,7 @@ page is printed from the object that the code makes; tests/test_one_record.py ma
 and recomputes its log-probs, loss and signs with textbook.py and plain arithmetic.
 """
 
+import copy
 import json
 import sys
 import tempfile
@@ -36,6 +37,7 @@ def trace():
     """name -> what stands on the page under that name; tests read it too."""
     torch.set_num_threads(1)
     lm, tokenizer = toy.train_base(0, progress=False)
+    start = copy.deepcopy(lm)
     lm.set_attn_implementation("selm_tree")
     chat = ChatFormat(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +70,7 @@ def trace():
                                        *train_loop.roles([tree], logps), alpha=ALPHA, beta=BETA)
     return dict(line=line, record=record, row=row, tree=tree, batch=batch, logps=logps.tolist(),
                 slopes=slopes.tolist(), loss=before.item(), after=after.tolist(),
-                loss_after=loss_after.item(), tokenizer=tokenizer, chat=chat)
+                loss_after=loss_after.item(), tokenizer=tokenizer, chat=chat, start=start)
 
 
 def row_text(row):

@@ -71,7 +71,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.evidence.common import (  # noqa: E402
-    MEASURES, SEEDS, World, cell, command, differences, draw_panels, errorbars, markdown,
+    MEASURES, SEEDS, World, after, cell, command, differences, draw_panels, errorbars, markdown,
     mean_interval, minus, plain_logs)
 from harness.models import weights  # noqa: E402
 
@@ -194,6 +194,10 @@ def arm(seeds, name):
     return [seed[name] for seed in seeds]
 
 
+def iterations(results):
+    return len(results["worlds"]["neutral"][0]["alpha 0, greedy y"])
+
+
 def compared(results, world):
     """(arm, the arm it is compared with) of a world, in order."""
     return [(name, base) for name, (_, base) in arms_of(world, results["alphas"]).items() if base]
@@ -201,9 +205,9 @@ def compared(results, world):
 
 def table(results, full):
     """Markdown: the arms of the neutral world (full: of all), the controls, the long run."""
-    ks = (1, 2, 3)
+    ks = range(1, iterations(results) + 1)
     columns = [(m, ks) for m in MEASURES if m != "share"] if full else [
-        ("reward", ks), ("share_good", (3,)), ("coverage", (3,)), ("entropy", (3,)), ("kl", (3,))]
+        ("reward", ks), *((m, ks[-1:]) for m in ("share_good", "coverage", "entropy", "kl"))]
     rows = []
     for world in results["worlds"] if full else ["neutral"]:
         for name, base in compared(results, world):
@@ -213,23 +217,23 @@ def table(results, full):
                          *(differences(arm(seeds, name), arm(seeds, base), m, at)
                            for m, at in columns)])
     head = [*(["world"] if full else []), "arm, minus its alpha 0", "share of the gradient"]
-    head += [f"{MEASURES[m]} after {' / '.join(map(str, at))}" for m, at in columns]
+    head += [f"{MEASURES[m]} {after(at)}" for m, at in columns]
     return "\n\n".join([markdown(head, rows), control_table(results), word_table(results),
                         long_table(results)])
 
 
 def control_table(results):
     """Reward minus that of alpha = 0 stopped at equal KL and at equal entropy."""
-    rows = []
+    rows, ks = [], range(1, iterations(results) + 1)
     for name, base in compared(results, "neutral"):
         if name.startswith("alpha"):
             y = name.split(", ")[1]
             rows.append([name])
             for measure in ("kl", "entropy"):
-                values = [controlled(results, name, y, measure, k) for k in (1, 2, 3)]
+                values = [controlled(results, name, y, measure, k) for k in ks]
                 rows[-1].append(" / ".join(
                     f"{cell(v) if len(v) > 1 else 'never'} ({len(v)})" for v in values))
-    return markdown(["true reward after 1 / 2 / 3 (seeds), minus alpha 0 stopped",
+    return markdown([f"true reward {after(ks)} (seeds), minus alpha 0 stopped",
                      "at equal KL", "at equal entropy"], rows)
 
 
@@ -242,7 +246,8 @@ def word_table(results):
                 rows.append([world, name, *(
                     text for m in ("rare", "rare_good") for text in (
                         cell([seed[base][-1][m] for seed in seeds], paired=False),
-                        cell(minus(arm(seeds, name), arm(seeds, base), m, 3))))])
+                        cell(minus(arm(seeds, name), arm(seeds, base), m,
+                                   iterations(results)))))])
     return markdown(["world", "arm", "rare words: alpha 0", "minus alpha 0 (retention)",
                      "good share of them: alpha 0", "minus alpha 0 (discovery)"], rows)
 
@@ -283,9 +288,9 @@ def draw(results, path):
     panels = (draw_reward, draw_entropy, draw_paths,
               draw_words, draw_long_reward, draw_long_changes)
     draw_panels(axes.flat, panels, results)
-    figure.suptitle(f"Optimism against alpha = 0 in the toy world, after 3 iterations: means and "
-                    f"95 % intervals of {len(results['seeds'])} seeds, differences paired",
-                    fontsize=11)
+    figure.suptitle(f"Optimism against alpha = 0 in the toy world, after {iterations(results)} "
+                    f"iterations: means and 95 % intervals of {len(results['seeds'])} seeds, "
+                    "differences paired", fontsize=11)
     figure.tight_layout(h_pad=2, w_pad=2)
     figure.savefig(path, dpi=100)
 
@@ -301,7 +306,7 @@ def by_alpha(axis, results, measure):
         known = [(a, form.format(factor * a)) for a in results["alphas"]
                  if form.format(factor * a) in bases]
         errorbars(axis, [a for a, _ in known],
-                  [minus(arm(seeds, name), arm(seeds, bases[name]), measure, 3)
+                  [minus(arm(seeds, name), arm(seeds, bases[name]), measure, iterations(results))
                    for _, name in known], color=colour, linestyle=line, label=label)
     axis.axhline(0, color="grey", linewidth=0.7)
     axis.set(xscale="log", xlabel="alpha (POPO: a quarter of its alpha)",
@@ -311,8 +316,14 @@ def by_alpha(axis, results, measure):
 
 def draw_reward(axis, results):
     by_alpha(axis, results, "reward")
-    return ("1. Reward: nothing up to 0.01; +.016 at 0.1 with greedy y and\n"
-            "+.037 with XPO at 0.3 are the gains; at 1 every term does harm.")
+    seeds = results["worlds"]["neutral"]
+    found = {name: mean_interval(minus(arm(seeds, name), arm(seeds, base), "reward",
+                                       iterations(results)))
+             for name, base in compared(results, "neutral")}
+    best, worst = (pick(found, key=lambda name: found[name][0]) for pick in (max, min))
+    gains = sum(mean > width for mean, width in found.values())
+    return (f"1. Reward: {gains} of {len(found)} arms gain reliably. Best {found[best][0]:+.3f}\n"
+            f"({best}), worst {found[worst][0]:+.3f} ({worst}).")
 
 
 def draw_entropy(axis, results):
@@ -334,25 +345,39 @@ def draw_paths(axis, results):
             if name in seeds[0]:
                 after = list(zip(*arm(seeds, name)))
                 axis.plot([mean(s, "kl") for s in after], [mean(s, "reward") for s in after],
-                          marker, color=colour, label=f"{name}, after 1, 2, 3")
+                          marker, color=colour, label=f"{name}, after each iteration")
     axis.set(xlabel="KL from the start, nats", ylabel="true reward", ylim=(0.3, None))
-    return ("3. At equal KL optimism (marks) is on or below alpha = 0 (lines);\n"
-            "reliably above it is only greedy y at 0.1, after iteration 3.")
+    return ("3. At equal KL, optimism (marks) is reliably above alpha = 0\n"
+            f"(lines) with {', '.join(above(results)) or 'no alpha'}.")
+
+
+def above(results):
+    """The arms that gain reward over alpha = 0 stopped at equal KL, and after which iteration."""
+    for name, _ in compared(results, "neutral"):
+        if name.startswith("alpha"):
+            for k in range(1, iterations(results) + 1):
+                values = controlled(results, name, name.split(", ")[1], "kl", k)
+                mean, width = mean_interval(values) if len(values) > 1 else (0, 0)
+                if mean > width:
+                    yield f"{name} (after {k})"
 
 
 def draw_words(axis, results):
     """Retention and discovery of rare words, greedy y."""
+    reliable = {}
     for measure, colour, offset in (("rare", GREY, -0.1), ("rare_good", GOLD, 0.1)):
         lists = [minus(arm(seeds, "alpha 0.3, greedy y"), arm(seeds, "alpha 0, greedy y"),
-                       measure, 3) for seeds in results["worlds"].values()]
+                       measure, iterations(results)) for seeds in results["worlds"].values()]
+        reliable[measure] = [world for world, (mean, width) in zip(
+            results["worlds"], map(mean_interval, lists)) if mean > width] or ["no world"]
         errorbars(axis, [x + offset for x in range(len(lists))], lists, linestyle="", color=colour,
                   label={"rare": "retention: probability of a rare first word",
                          "rare_good": "discovery: share of it on good words"}[measure])
     axis.axhline(0, color="grey", linewidth=0.7)
     axis.set_xticks(range(len(lists)), list(results["worlds"]))
     axis.set(xlabel="world", ylabel="alpha = 0.3 minus alpha = 0, greedy y")
-    return ("4. Greedy optimism keeps rare words in all worlds; more of them\n"
-            "good in two, not where good words are the rarest.")
+    return (f"4. Optimism keeps more rare words in {', '.join(reliable['rare'])};\n"
+            f"a larger share of them is good in {', '.join(reliable['rare_good'])}.")
 
 
 def long_lines(axis, results, measure):

@@ -40,6 +40,7 @@ from harness.runs import output_files, run_folder, settings, setup  # noqa: E402
 
 SEEDS = range(10)  # named before the first run, used throughout, all reported
 SAMPLES = 32  # replies to each of the 48 test prompts in every measure
+ITERATIONS = 3  # of an arm
 MEASURES = {"reward": "true reward", "share_good": "rewards > 0.75", "coverage": "words in use",
             "entropy": "entropy, nats", "kl": "KL, nats", "greedy_reward": "greedy reward",
             "invalid": "invalid", "rare": "rare first words", "rare_good": "of them good",
@@ -57,8 +58,9 @@ class World:
     second_turn: every prompt asks for a second answer.
     """
 
-    def __init__(self, home, seed, variant="neutral", *, width=64, rows=512, iterations=3,
+    def __init__(self, home, seed, variant="neutral", *, width=64, rows=512, iterations=None,
                  second_turn=False):
+        iterations = iterations or ITERATIONS
         self.home, self.seed, self.variant = Path(home), seed, variant
         train, self.test = toy.split_prompts()
         every = train + self.test
@@ -195,6 +197,11 @@ def differences(courses, base, measure, ks):
     return " / ".join(cell(minus(courses, base, measure, k)) for k in ks)
 
 
+def after(ks):
+    """The head of a column of `differences`: "after 1 / 2 / 3"."""
+    return f"after {' / '.join(map(str, ks))}"
+
+
 def jackknife(statistic, rows):
     """(statistic of all rows, half of its 95 % interval), rows being left out one at a time."""
     left_out = [statistic(rows[:i] + rows[i + 1:]) for i in range(len(rows))]
@@ -248,7 +255,8 @@ def command(file, measure, draw, table, argv=None):
     out.mkdir(parents=True, exist_ok=True)
     if not args.draw:
         if args.quick:  # in this process alone, which is why there is but one
-            globals()["SAMPLES"], toy.SFT_STEPS, args.jobs = 4, 60, 1
+            globals().update(SAMPLES=4, ITERATIONS=1)
+            toy.SFT_STEPS, args.jobs = 60, 1
         with tempfile.TemporaryDirectory() as home:
             workers = Workers(home, args.jobs)
             results = measure(args.quick, workers)

@@ -75,7 +75,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import sample  # noqa: E402
 import textbook  # noqa: E402
 from experiments.evidence.common import (  # noqa: E402
-    MEASURES, SEEDS, World, cell, command, differences, draw_panels, errorbars, jackknife,
+    MEASURES, SEEDS, World, after, cell, command, differences, draw_panels, errorbars, jackknife,
     markdown, minus, plain_logs)
 from harness.inputs import chat_template, preferences  # noqa: E402
 from harness.judging import judges  # noqa: E402
@@ -86,6 +86,7 @@ from harness.runs.settings import stream  # noqa: E402
 
 ALPHA = 0.3
 RATE = 6e-3  # the toy's learning rate
+FAR = 8  # nats from the start: a policy as far as that has broken down
 ARMS = {"alpha 0": dict(alpha=0.0), "alpha 0.3": dict(alpha=ALPHA),
         "beta 0.8": dict(alpha=0.0, beta=0.8), "beta 0.5": dict(alpha=0.0, beta=0.5)}
 FULL = dict(tastes=(0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 1), rates=(1.2, 1.5, 2, 3), rows=512,
@@ -301,12 +302,12 @@ def table(results, full):
     ks, measures = iterations(results), list(MEASURES)[:-1] if full else ["kl", "entropy", "reward"]
     names = {"match": f"alpha 0, lr x {results['match']:.2f}"}
     a = markdown(
-        ["(a) y at temperature 1", *(f"{MEASURES[m]} after 1 / 2 / 3" for m in measures)],
+        ["(a) y at temperature 1", *(f"{MEASURES[m]} {after(ks)}" for m in measures)],
         [[f"{names.get(name, name)} minus {names.get(base, base)}",
           *(differences(arm(results, name), arm(results, base), m, ks) for m in measures)]
          for name, base in pairs_of_arms(results, full)])
     b = markdown(
-        ["(b) taste of the habit", "greedy minus sampled reward, start", "gain after 1 / 2 / 3",
+        ["(b) taste of the habit", "greedy minus sampled reward, start", f"gain {after(ks)}",
          *(f"{MEASURES[m]} after 1" for m in (*measures[:2], "coverage"))],
         [[taste, cell([advantage(seed, taste) for seed in results["habit"]], paired=False),
           " / ".join(cell(gains(results, taste, "reward", k)) for k in ks),
@@ -366,7 +367,7 @@ def draw_norms(axis, results):
              ylabel="norm of the mean of grad log pi(y)")
     plain_logs(axis.xaxis, axis.yaxis)
     return ("(a1) At the start the term has a direction with greedy y only;\n"
-            "at temperature 1 its gradient averages out: 1.96 to 0.25.")
+            f"at temperature 1 its gradient averages out: {means[0]:.2f} to {means[-1]:.2f}.")
 
 
 def sampled_lines(axis, results, measure):
@@ -392,8 +393,10 @@ def draw_sampled(axis, results):
 def draw_rewards(axis, results):
     sampled_lines(axis, results, "reward")
     axis.set_ylabel("true reward, minus alpha = 0")
-    return ("(a3) The same arms in true reward: the larger learning rate\n"
-            "gains .015 to .023 more than optimism, at the same final KL.")
+    matched, optimism = arm(results, "match"), arm(results, "alpha 0.3")
+    more = [mean_interval(minus(matched, optimism, "reward", k))[0] for k in iterations(results)]
+    return ("(a3) The same arms in true reward: the larger learning rate is\n"
+            f"{min(more):+.3f} to {max(more):+.3f} above optimism, at the same final KL.")
 
 
 def draw_gains(axis, results):
@@ -406,8 +409,16 @@ def draw_gains(axis, results):
     axis.axvline(0, color="grey", linewidth=0.7)
     axis.set(xlabel="the habit: greedy minus sampled reward at the start",
              ylabel="gain in true reward over alpha = 0")
-    return ("(b1) Greedy y: +.034 where the habit is bad, -.027 where it is good\n"
-            "(iteration 1). Far left, after 3: three runs broke down.")
+    worst, best = (mean_interval(gains(results, taste, "reward", 1))[0]
+                   for taste in (tastes[0], tastes[-1]))
+    return (f"(b1) Greedy y: {worst:+.3f} where the habit is bad, {best:+.3f} where it is good\n"
+            f"(iteration 1). At the end {broken(results)} runs have broken down.")
+
+
+def broken(results):
+    """(b): how many optimistic runs end more than FAR nats from the start."""
+    return sum(arms["alpha 0.3"][-1]["kl"] > FAR
+               for seed in results["habit"] for arms in seed.values())
 
 
 def draw_entropy(axis, results):

@@ -73,6 +73,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 BETA = 0.05
+SCALE = 0.4  # alpha is SCALE / sqrt(T)
+RARE = 1e-4  # probability of the good response in panels 1 and 3
 SEEDS, MORE_SEEDS = range(40), range(1000, 1200)
 T_95 = {40: 2.0227, 200: 1.9720}  # Student's t by number of values
 TRUTHS = {"response 2 is best": (0, -1, 1, -1), "the reference is best": (0, -1, -1, -1)}
@@ -108,12 +110,12 @@ def main():
 def run_all(horizons, depths, alphas, more_seeds):
     """What regret.json holds beside the seeds: an entry a panel, and panel 1 with other seeds."""
     rare, trees = TRUTHS["response 2 is best"], {"leaf": leaf_tree, "token": token_tree}
-    results = {"arms": by_arm(bandit(1e-4, rare), 2000, SEEDS)}
+    results = {"arms": by_arm(bandit(RARE, rare), 2000, SEEDS)}
     if more_seeds:
-        results["arms, seeds 1000..1199"] = by_arm(bandit(1e-4, rare), 2000, more_seeds)
+        results["arms, seeds 1000..1199"] = by_arm(bandit(RARE, rare), 2000, more_seeds)
     results["horizons"] = {f"{eps:g}": by_horizon(bandit(eps, rare), horizons)
-                           for eps in (1e-2, 1e-3, 1e-4)}
-    results["alphas"] = {name: by_alpha(bandit(1e-4, truth), alphas, horizons[-1])
+                           for eps in (1e-2, 1e-3, RARE)}
+    results["alphas"] = {name: by_alpha(bandit(RARE, truth), alphas, horizons[-1])
                          for name, truth in TRUTHS.items()}
     results["depths"] = {name: {H: by_horizon(make(H), horizons[:-1]) for H in depths}
                          for name, make in trees.items()}
@@ -166,7 +168,7 @@ def by_alpha(problem, alphas, rounds):
 
 
 def optimism(rounds):
-    return 0.4 / rounds ** 0.5
+    return SCALE / rounds ** 0.5
 
 
 # ----------------------------------------------------------------------------------------------
@@ -319,9 +321,9 @@ def draw(results, path, warning):
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7.5)
     figure.suptitle(
-        f"{warning} SELM with an exact argmin: regret, the sum of J* - J(pi), in a bandit of 4 "
-        "responses (1 to 3) and a tree of tokens (4).\nDPO is alpha = 0, SELM is "
-        f"alpha = 0.4 / sqrt(T); means and 95 % intervals of {len(SEEDS)} seeds", fontsize=11)
+        f"{warning} SELM with an exact argmin: regret, the sum of J* - J(pi), in a bandit "
+        "(1 to 3) and a tree of tokens (4).\nDPO is alpha = 0, SELM is "
+        f"alpha = {SCALE} / sqrt(T); means and 95 % intervals of {len(SEEDS)} seeds", fontsize=11)
     figure.tight_layout(h_pad=2, w_pad=2)
     figure.savefig(path, dpi=110)
 
@@ -340,8 +342,8 @@ def draw_arms(axis, arms):
         line(axis, arms[arm]["curve"], f"{arm}: {cell(arms[arm]['regret'][2000])}, slope of the "
              f"last half {cell(arms[arm]['slope'], 2)}", color=colour)
     axis.set(xscale="log", xlabel="round t", ylabel="regret, summed up to round t")
-    return ("1. A good response of probability 1e-4: DPO waits for chance to show it, at full\n"
-            "regret; SELM and Thompson sampling pay for trying out, and then ever less.")
+    return (f"1. A good response of probability {RARE:g}: DPO waits for chance to show it, at\n"
+            "full regret; SELM and Thompson sampling pay for trying out, and then ever less.")
 
 
 def draw_horizons(axis, horizons):

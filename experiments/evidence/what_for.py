@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from experiments.evidence import mechanism, regret  # noqa: E402
 from experiments.evidence.common import errorbars, plain_logs  # noqa: E402
+from harness.judging.evaluation import mean_interval  # noqa: E402
 from harness.runs import plots  # noqa: E402
 from harness.runs.report import rows_of  # noqa: E402
 
@@ -50,29 +51,37 @@ def draw_regret(axis, results):
                     color=regret.COLOURS[arm])
     axis.set(xscale="log", yscale="log", xlabel="round", ylabel="regret, summed up")
     plain_logs(axis.xaxis, axis.yaxis)
-    return (f"A good answer of probability 1e-4 in a bandit ({len(results['seeds'])} seeds):\n"
+    return (f"A good answer of probability {regret.RARE:g} in a bandit "
+            f"({len(results['seeds'])} seeds):\n"
             "DPO waits for chance to show it, SELM looks for it.")
 
 
 def draw_habit(axis, results):
     mechanism.draw_gains(axis, results)
-    return (f"Eight toy worlds ({len(results['seeds'])} seeds): optimism gains where the habit is\n"
-            "bad, costs where it is good (far left, after 3: three runs broke down).")
+    worlds = len(results["habit"][0])
+    return (f"{worlds} toy worlds ({len(results['seeds'])} seeds): optimism gains where the habit\n"
+            f"is bad, costs where it is good. {mechanism.broken(results)} runs break down.")
 
 
 def draw_run(axis, run_dir):
     runs = plots.find_runs(run_dir)
+    ends = {}
     for arm in ("DPO", "SELM"):
-        by_iteration = {}
-        for name, folder in runs:
-            for row in rows_of(plots.home_of(folder), "eval")[:1] * (name == arm == "DPO") + (
-                    rows_of(folder, "eval") if name == arm else []):
-                by_iteration.setdefault(row["iteration"], {})[folder] = row["true_reward"]
-        errorbars(axis, list(by_iteration), [list(r.values()) for r in by_iteration.values()], arm,
-                  color=regret.COLOURS[arm])
-    axis.set(xlabel="iteration", ylabel="true reward", xticks=list(by_iteration))
-    return ("The default run (5 seeds), whose habit is bad on\n"
-            "purpose: both learn, SELM a little more.")
+        courses = [true_rewards(folder) for name, folder in runs if name == arm]
+        iterations = list(courses[0])
+        rewards = [[course[k] for course in courses] for k in iterations]
+        errorbars(axis, iterations, rewards, arm, color=regret.COLOURS[arm])
+        ends[arm] = rewards[-1]
+    axis.set(xlabel="iteration", ylabel="true reward", xticks=iterations)
+    gain = [selm - dpo for selm, dpo in zip(ends["SELM"], ends["DPO"])]
+    return (f"The default run ({len(gain)} seeds), whose habit is bad on\n"
+            f"purpose: SELM minus DPO is {mean_interval(gain)[0]:+.3f} at the end.")
+
+
+def true_rewards(folder):
+    """{iteration: true reward} of a run; the baseline's start is in the folder above it."""
+    start = rows_of(plots.home_of(folder), "eval")[:1]
+    return {row["iteration"]: row["true_reward"] for row in start + rows_of(folder, "eval")}
 
 
 if __name__ == "__main__":
