@@ -211,6 +211,8 @@ def train(path, previous, trees, reference_path, chat, run, s):
     state, history = path.with_name("state"), []
     if checkpoint := distributed.newest_checkpoint(state):
         history = distributed.load_checkpoint(checkpoint, policy, optimizer)
+        if {row["iteration"] for row in history} != {s.iteration}:
+            raise ValueError(f"the checkpoint {checkpoint} is of another iteration; delete it")
         say(f"training resumes after update {len(history)} of {len(batches)}")
 
     bar = tqdm(batches[len(history):], "train", unit="update", leave=False, disable=PROCESS > 0,

@@ -429,6 +429,15 @@ def test_where_the_template_leaves_the_end_out_an_answer_ends_as_the_models_own_
         (["data_chosen", "sampled"], True)]
 
 
+def test_a_response_ends_with_its_first_stop_token_whichever_that_is():
+    """An answer of the data that quotes eos: the policy could say nothing after it, but what
+    follows would be trained."""
+    chat = ChatFormat(make_tokenizer("chatml"))
+    eos = chat.tokenizer.eos_token_id
+    ids = chat.response_ids([USER], "hello</s> there")
+    assert eos != chat.end_id and ids[-1] == eos and ids.count(eos) == 1 and chat.end_id not in ids
+
+
 def test_a_model_that_ends_its_turns_as_the_template_never_shows_is_refused():
     """The data's answers end with eos, which this model never says."""
     tokenizer = make(NEXT_ROLE, specials=["<|eom|>"])

@@ -5,11 +5,13 @@ one line that says what to do. Never a third: wrong numbers, or a traceback.
 """
 
 import json
+import os
 
 import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig,
     MODEL_FOR_CAUSAL_LM_MAPPING)
@@ -359,6 +361,11 @@ WEIGHTS = "model.safetensors"
     ("generation_config.json", b'{"eos_token_id": [2, true]}', "eos_token_id True .* no token id"),
     ("config.json", {"num_attention_heads": 3}, "not a multiple of .* attention heads"),
     ("config.json", {"num_hidden_layers": 0}, "num_hidden_layers 0"),
+    ("config.json", b'{"model_type": "llama", "model_type": "llama"}', "'model_type' occurs twice"),
+    ("generation_config.json", b'{"eos_token_id": 2, "eos_token_id": 7}', "occurs twice"),
+    ("generation_config.json", b'{"eos_token_id": -1}', "eos_token_id -1 .* is no token id"),
+    ("generation_config.json", b'{"eos_token_id": [[2]]}', "is no token id"),
+    ("chat_template.jinja", LFS, "chat_template.jinja: a git-LFS pointer"),
     *(("config.json", {"quantization_config": {"quant_method": method, "bits": 4}},
        f"quantised .{method}.*; load the unquantised model")
       for method in ("bitsandbytes", "gptq", "awq", "compressed-tensors", "mxfp4"))])
@@ -418,3 +425,38 @@ def test_two_matrices_stay_two_whatever_the_config_says(tmp_path):
     empty = weights.empty_model(path, "selm_tree", tied=weights.is_tied(model))
     assert {n: p.shape for n, p in model.named_parameters()} == {
         n: p.shape for n, p in empty.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["q_proj.bias", "q_norm.weight", "q_proj.lora_A.weight"])
+def test_weights_that_would_be_left_out_of_a_layer_are_named(name, tmp_path):
+    """A bias, a norm or an adapter that transformers drops with a warning: the model that is
+    trained is another one. A value head, outside the layers, does no harm."""
+    make_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file(tensors | {"v_head.summary.weight": torch.ones(1, 32)}, tmp_path / WEIGHTS,
+              {"format": "pt"})
+    weights.load_model(tmp_path)
+    name = f"model.layers.0.self_attn.{name}"
+    save_file(tensors | {name: torch.ones(32)}, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"1 too many, {name}"):
+        weights.load_model(tmp_path)
+
+
+def test_weights_in_eight_bits_are_refused_whatever_the_config_says(tmp_path):
+    """A quantised checkpoint whose config lost its quantization_config: rounded integers are
+    trained as weights."""
+    make_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} in I8: it is quantised.*unquantised model"):
+        weights.load_config(tmp_path)
+
+
+def test_a_pipe_in_a_model_folder_is_not_waited_for(tmp_path):
+    """A command that hangs without a word."""
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    os.mkfifo(tmp_path / "generation_config.json")
+    with pytest.raises(ValueError, match="generation_config.json is no regular file"):
+        weights.load_config(tmp_path)

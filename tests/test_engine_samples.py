@@ -88,6 +88,8 @@ GOOD = {"prompt_id": "1", "samples": [{"text": "x", "finished": True}]}
        "line 2: a sample must be") for sample in (
         {}, {"ids": []}, {"ids": 5}, {"ids": [1.0]}, {"ids": ["5"]}, {"ids": [True]},
         {"ids": {"5": 1}, "text": "x"}, {"text": "\ud800"}, {"text": None}, {"text": ["x"]})],
+    (json.dumps({"prompt_id": "2", "samples": [{"text": "", "finished": False}]}),
+     "line 2: a sample is empty and not finished"),
     *[(json.dumps(GOOD | {"prompt_id": odd}), "line 2: prompt_id must be the string")
       for odd in (["1"], {"a": 1}, 1, 1.0, None, True)],
     ("[" * 100_000, "line 2: not valid JSON .too deep"), ("7" * 5000, "line 2: not valid JSON"),

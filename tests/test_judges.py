@@ -156,7 +156,8 @@ def test_a_call_that_only_fails_as_a_whole_is_an_error_and_loses_nothing(make_ju
     "'12'", "b'12'", "{1: 1, 2: 2}", "{1, 2}", "['1', '2']", "[b'1', b'2']", "[None, 1]", "None",
     "3", "(x for x in [1, 2])", "[{}, {}]", "[[1], [2]]", "[1j, 1]", "[10 ** 400, 1]", "iter([1])",
     "numpy.array(['1', '2'])", "numpy.array(3.0)", "bytearray(b'12')", "[1, [2]]",
-    "['1', 2, 3]", "[bytearray(b'1'), 2]", "[1, 2, None]", "[]", "[1, 2, 3]"])
+    "['1', 2, 3]", "[bytearray(b'1'), 2]", "[1, 2, None]", "[]", "[1, 2, 3]",
+    "[numpy.complex64(3 + 3j), 2]", "[numpy.array('3'), 2]"])
 def test_what_is_no_list_of_numbers_is_refused(make_judge, value):
     """Catches '12', a dict and a set, which Python would read as the scores 1.0 and 2.0."""
     texts = [["a", "b"]]

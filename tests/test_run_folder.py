@@ -80,12 +80,17 @@ def twice(i):
     return {"prompt_id": str(i), "twice": 2 * int(i)}
 
 
+def of_file(path, i):
+    """Row i as a killed process leaves it."""
+    return twice(i) | {run_folder.FILE: run_folder.name_of(path)}
+
+
 def leave_parts(path, were, missing=()):
     """The parts of `were` processes that were killed: process 1 was slower than the others."""
     for p in range(were):
         mine = [i for i in range(p, len(ITEMS), were) if i not in missing]
         part = path.with_name(f"{path.name}.part{p}of{were}")
-        keep_rows(part, map(twice, mine))
+        keep_rows(part, [of_file(path, i) for i in mine])
         part.write_bytes(part.read_bytes() + b'\n{"prompt_id": "4')
 
 
@@ -111,7 +116,7 @@ def test_a_process_has_the_same_share_again_after_a_kill(tmp_path, monkeypatch):
     """Log-probs of other micro-batches than in the run that was left alone: other last bits."""
     path, calls = tmp_path / "x.jsonl", []
     monkeypatch.setattr(run_folder, "PROCESSES", 2)
-    keep_rows(tmp_path / "x.jsonl.part0of2", map(twice, (0, 2, 4)))
+    keep_rows(tmp_path / "x.jsonl.part0of2", [of_file(tmp_path / "x.jsonl", i) for i in (0, 2, 4)])
     monkeypatch.setattr(run_folder, "join_parts", lambda *_: None)
     run_folder.make_rows(path, doubled, ITEMS, calls)
     assert calls == []
@@ -131,6 +136,18 @@ def test_one_process_resumes_with_what_two_have_finished(made_with, left, tmp_pa
     assert not list(tmp_path.glob("*.part*"))
 
 
+def test_a_part_of_another_iterations_file_is_not_used(tmp_path):
+    """Held-out prompts are the same in all iterations: answers of another policy, copied there with
+    a backup, would be judged as this one's."""
+    (tmp_path / "iter_1").mkdir()
+    (tmp_path / "iter_2").mkdir()
+    leave_parts(tmp_path / "iter_1/x.jsonl", 1)
+    os.replace(tmp_path / "iter_1/x.jsonl.part0of1", tmp_path / "iter_2/x.jsonl.part0of1")
+    calls = []
+    Run(tmp_path).rows(tmp_path / "iter_2/x.jsonl", doubled, ITEMS, calls)
+    assert calls == ["0", "1", "2", "3", "4"]
+
+
 def test_rows_may_come_in_any_order(tmp_path):
     """Samples come as they end; a file in that order would differ from run to run."""
     rows = Run(tmp_path).rows(tmp_path / "x.jsonl", lambda items: doubled(list(items)[::-1]), ITEMS)
@@ -139,7 +156,7 @@ def test_rows_may_come_in_any_order(tmp_path):
 
 def test_a_row_that_is_lost_between_two_processes_is_named(tmp_path):
     """A KeyError of process 0, for which the others wait, where each has a disk of its own."""
-    keep_rows(tmp_path / "x.jsonl.part0of2", map(twice, (0, 2, 4)))
+    keep_rows(tmp_path / "x.jsonl.part0of2", [of_file(tmp_path / "x.jsonl", i) for i in (0, 2, 4)])
     with pytest.raises(ValueError, match="row of prompt_id 1 is gone; do all processes see"):
         run_folder.join_parts(tmp_path / "x.jsonl", list("01234"))
 

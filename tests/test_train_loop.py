@@ -609,6 +609,31 @@ def test_a_run_killed_between_two_updates_goes_on_from_its_checkpoint(
     assert not (tmp_path / "killed/iter_1/state").exists()
 
 
+def test_a_checkpoint_of_another_iteration_is_refused(command, tmp_path, monkeypatch):
+    """A state folder that a backup put into the wrong iteration: the training resumes from another
+    policy, and nobody is told."""
+    command += ["--save-every", "1"]
+    save = distributed.save_checkpoint
+
+    def save_and_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(distributed, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train_loop.main(command)
+    shutil.copytree(tmp_path / "run/iter_1/state", tmp_path / "state")
+    monkeypatch.setattr(distributed, "save_checkpoint", save)
+    original = train_loop.reference_logps
+
+    def second(*args):
+        if args[-1].iteration == 2:
+            shutil.copytree(tmp_path / "state", tmp_path / "run/iter_2/state")
+        yield from original(*args)
+    monkeypatch.setattr(train_loop, "reference_logps", second)
+    with pytest.raises(ValueError, match="iter_2/state/000001 is of another iteration; delete it"):
+        train_loop.main(command)
+
+
 def test_smaller_micro_batches_make_the_reference_again_but_never_throw_a_checkpoint_away(
         command, tmp_path, monkeypatch):
     """Memory that ran out in the 50th update, a smaller --tokens-per-forward as the hint says, and

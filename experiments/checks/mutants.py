@@ -512,6 +512,21 @@ MUTANTS = [
      'and (row["chosen"] != row["rejected"] or alpha > 0)]',
      'and row["chosen"] != row["rejected"]]', LOOP
      + "::test_equal_pairs_keep_their_optimism_term_and_empty_data_is_dropped"),
+    ("a checkpoint of another iteration is resumed from", "train_loop.py",
+     'if {row["iteration"] for row in history} != {s.iteration}:', "if False:", LOOP
+     + "::test_a_checkpoint_of_another_iteration_is_refused"),
+    ("kept rows of another file are used", "harness/runs/run_folder.py",
+     "if row.get(FILE) == name_of(path)}", "}", "tests/test_run_folder.py"
+     "::test_a_part_of_another_iterations_file_is_not_used"),
+    ("weights that belong into a layer are left out", "harness/models/weights.py",
+     "set(filter(is_surplus, info[\"unexpected_keys\"]))", "set()", "tests/test_compatibility.py"
+     "::test_weights_that_would_be_left_out_of_a_layer_are_named"),
+    ("integers are trained as weights", "harness/models/weights.py",
+     'if packed and ".weight" in packed[0]:', "if False:", "tests/test_compatibility.py"
+     "::test_weights_in_eight_bits_are_refused_whatever_the_config_says"),
+    ("a response goes on after a stop token", "harness/inputs/chat_template.py",
+     "return ids[:ends[0]] if ends else ids", "return ids", "tests/test_chat_template.py"
+     "::test_a_response_ends_with_its_first_stop_token_whichever_that_is"),
     ("a wrong reference is not noticed", "train_loop.py",
      "max(1, agreed) and farthest < allowed):", "max(1, agreed)):", LOOP
      + "::test_a_wrong_reference_is_stopped_before_the_first_update"),

@@ -125,8 +125,15 @@ class ChatFormat:
         for ids in self._tokenise(prompts):
             has_bos = ids[:1] == self.adds_bos
             prompt_ids.append(ids if has_bos else self.adds_bos + ids)
-        remaining = iter(response_ids)
+        remaining = map(self._until_stop, response_ids)
         return prompt_ids, [[next(remaining) for _ in texts] for texts in answers]
+
+    def _until_stop(self, ids):
+        """A response ends with the first stop token, as in sampling: the policy could say nothing
+        after it. What the template puts before the answer may hold one (an empty analysis)."""
+        before = len(self.channel) if ids[:len(self.channel)] == self.channel else 0
+        ends = [place for place, i in enumerate(ids, 1) if place > before and i in self.stop_ids]
+        return ids[:ends[0]] if ends else ids
 
     def _header(self, prompt):
         """The end of a prompt on which the ids of a response depend. It begins at the last token at

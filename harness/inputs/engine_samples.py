@@ -136,6 +136,9 @@ def parse(line, count):
             raise ValueError('a sample must be {"ids": [token ids, one or more], "finished": true '
                              'or false}, or have "text", a string of whole characters, instead of '
                              "ids")
+        if not y.get("ids") and not y["text"] and not y["finished"]:
+            raise ValueError("a sample is empty and not finished: the engine gave no text, perhaps "
+                             'none after a thought; give its "ids"')
     return row["prompt_id"], row["samples"]
 
 

@@ -319,7 +319,8 @@ def check_row(row, texts, file=None):
         raise ValueError(explain(row, file))
     try:
         scores = as_list(row) or []
-        if any(isinstance(score, (str, bytes, bytearray)) for score in scores):
+        scores = [score.item() if hasattr(score, "item") else score for score in scores]
+        if any(isinstance(score, (str, bytes, bytearray, complex)) for score in scores):
             scores = []  # float("12") would be a number
         scores = list(map(float, scores))
     except KeyboardInterrupt:

@@ -25,6 +25,7 @@ import torch
 from torch import backends
 from torch.utils import _device
 
+from harness.inputs.files import check_no_pointer
 from harness.runs.output_files import printable
 
 PROMPTS_A_CALL = 64
@@ -42,6 +43,7 @@ class UserFunction:
         self.path = Path(path).resolve()
         if not self.path.is_file():
             raise ValueError(f"no file {path}")
+        check_no_pointer(self.path)
         folder, self.names = self.path.parent, {self.path.stem}  # what `import` finds here
         if not any(Path(place).resolve() == folder for place in sys.path):  # there: as for us
             self.names |= {file.stem for file in folder.glob("*.py")}

@@ -6,7 +6,6 @@ Test: pytest tests/test_compatibility.py tests/test_gguf.py.
 import ctypes
 import functools
 import gc
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
                           GenerationConfig, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel)
 from transformers.initialization import no_init_weights
@@ -22,7 +21,7 @@ from transformers.utils import cached_file
 
 from harness.models import distributed
 from harness.runs.exits import one_line
-from harness.inputs.files import check_no_pointer
+from harness.inputs.files import check_no_pointer, is_special, parse_json
 from harness.models.distributed import PROCESS, PROCESSES
 from model import Policy
 
@@ -199,11 +198,11 @@ def model_stop_ids(model):
 
 def _stop_ids_of(config):
     named = getattr(config, "eos_token_id", None)
-    ids = set(named if isinstance(named, (list, tuple)) else [named]) - {None}
-    if wrong := [i for i in ids if type(i) is not int]:
+    ids = [i for i in (named if isinstance(named, (list, tuple)) else [named]) if i is not None]
+    if wrong := [i for i in ids if type(i) is not int or i < 0]:
         raise ValueError(f"eos_token_id {wrong[0]!r} of {type(config).__name__} is no token id; "
                          "correct it in the model's folder")
-    return ids
+    return set(ids)
 
 
 def _generation_config(path):
@@ -221,7 +220,7 @@ def _json_object(file):
     """The object in a JSON file of a model's folder. ValueError, with the file's name, if there is
     none."""
     try:
-        value = json.loads(file.read_text("utf-8"))
+        value = parse_json(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} cannot be read as JSON ({one_line(error)}); copy the "
                          "model's folder again") from None
@@ -252,8 +251,20 @@ def _check_files(folder):
     """ValueError if a file of a model's folder does not hold what its name says."""
     if not folder.is_dir():
         return
-    for file in (*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.model")):
-        check_no_pointer(file)
+    for kind in ("json", "safetensors", "model", "jinja"):
+        for file in folder.glob(f"*.{kind}"):
+            if is_special(file):  # to read a pipe may take for ever
+                raise ValueError(f"{file} is no regular file")
+            check_no_pointer(file)
+    for file in folder.glob("*.safetensors"):
+        packed, found = [], {}
+        with suppress(SafetensorError), safe_open(file, "pt") as tensors:  # a damaged file: later
+            found = {name: tensors.get_slice(name) for name in tensors.keys()}
+            packed = [name for name, tensor in found.items() if len(tensor.get_shape()) > 1
+                      and not re.fullmatch("F(16|32|64)|BF16|BOOL", tensor.get_dtype())]
+        if packed and ".weight" in packed[0]:
+            raise ValueError(f"{file.name} holds {packed[0]} in {found[packed[0]].get_dtype()}: it "
+                             "is quantised and cannot be trained; load the unquantised model")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             _json_object(folder / name)
@@ -264,8 +275,8 @@ def _model_config(name, options):
     config = AutoConfig.from_pretrained(name, **options)
     quantised = getattr(config, "quantization_config", None)
     if quantised and "gguf_file" not in options:  # a .gguf file is unpacked as it is loaded
-        quantised = quantised if isinstance(quantised, dict) else vars(quantised)
-        method = getattr(quantised.get("quant_method"), "value", quantised.get("quant_method"))
+        said = quantised if isinstance(quantised, dict) else getattr(quantised, "__dict__", {})
+        method = getattr(said.get("quant_method"), "value", said.get("quant_method"))
         raise ValueError(f"its weights are quantised ({method or 'unnamed method'}) and cannot be "
                          "trained; load the unquantised model")
     if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
@@ -287,11 +298,20 @@ def _check_weights(model, info):
         return re.sub(r"\d+", "#", name)
 
     known = {kind(name) for name in model.state_dict()}
+    layers = {name.rpartition(".#.")[0] for name in known if ".#." in name}
+
+    def is_surplus(name):
+        """It has a place in the model: in a layer, or beside a weight. Others (a value head) do no
+        harm, nor do buffers that older versions have saved."""
+        module = kind(name).rpartition(".")[0]
+        return not name.endswith(("inv_freq", "position_ids", "masked_bias", ".attn.bias")) and (
+            kind(name) in known or f"{module}.weight" in known
+            or any(kind(name).startswith(f"{layer}.#.") for layer in layers))
+
     for fault, names in (
             ("missing", info["missing_keys"]),
             ("of another shape", {name for name, *_ in info["mismatched_keys"]}),
-            # Other surplus weights (a value head) do no harm.
-            ("too many", {name for name in info["unexpected_keys"] if kind(name) in known})):
+            ("too many", set(filter(is_surplus, info["unexpected_keys"])))):
         if names:
             raise ValueError(f"its weights do not fit its config.json: {len(names)} {fault}, "
                              f"{min(names)} the first")

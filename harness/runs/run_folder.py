@@ -30,6 +30,7 @@ from harness.runs.run_record import (
 # All files of an evaluation. Training reads none of them.
 EVALUATED = re.compile(r"/(answers|answers_at_temperature_1|eval|duels|true)\.jsonl")
 ANY = re.compile("")
+FILE = "file"  # the entry of a kept row that names its file; the finished file is without it
 
 
 class Run:
@@ -199,8 +200,9 @@ def make_rows(path, phase, items, *args):
     mine = [i for i in range(PROCESS, len(keys), PROCESSES) if keys[i] not in kept]
     try:
         rows = phase(Some(items, mine), *args)
+        rows = one_each(rows, [keys[i] for i in mine], f"{path.name}: {phase.__name__}")
         keep_rows(path.with_name(f"{path.name}.part{PROCESS}of{PROCESSES}"),
-                  one_each(rows, [keys[i] for i in mine], f"{path.name}: {phase.__name__}"))
+                  ({**row, FILE: name_of(path)} for row in rows))
     except (ValueError, OSError) as error:
         failure = error
     raise_everywhere(failure)
@@ -246,7 +248,12 @@ def find_rows(path):
     """key -> (part, where the line begins) of all intact rows in the parts of a file, whatever
     number of processes has left them."""
     return {key_of(row): (part, begin) for part in parts_in(path.parent, path.name)
-            for begin, row in kept_rows(part)}
+            for begin, row in kept_rows(part) if row.get(FILE) == name_of(path)}
+
+
+def name_of(path):
+    """What a kept row says of its file. A part of another iteration may have the same prompts."""
+    return f"{path.parent.name}/{path.name}"
 
 
 def join_parts(path, keys):
@@ -261,7 +268,9 @@ def join_parts(path, keys):
             part, begin = found[key]
             with open(part, "rb") as file:
                 file.seek(begin)
-                yield line_of(unseal(file.readline()))
+                row = unseal(file.readline())
+            del row[FILE]
+            yield line_of(row)
     write_lines(path, lines())
     remove_parts(path)
 
