@@ -160,8 +160,11 @@ def test_a_chat_that_outgrows_an_attention_window_is_checked_again(tmp_path, mon
     make_model("gemma3").save_pretrained(tmp_path)  # a window of 7
     make_tokenizer("chatml").save_pretrained(tmp_path)
     lengths = []
-    monkeypatch.setattr(sample_command.compatibility, "choose_sampler", lambda model, ids, length, say: (
-        lengths.append(length) or (lambda model, prompts, **kwargs: [[5]] * len(prompts))))
+
+    def choose_sampler(model, ids, length, say):
+        lengths.append(length)
+        return lambda model, requests, **options: [(i, [5]) for i in range(len(requests))]
+    monkeypatch.setattr(sample_command.compatibility, "choose_sampler", choose_sampler)
     monkeypatch.setattr(sample_command.compatibility, "probe_length",
                         lambda config, longest: 1 + longest // 50)
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n" * 9))
@@ -279,6 +282,6 @@ def test_a_command_without_phases_does_not_say_that_they_are_kept(error, monkeyp
         raise error
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     with pytest.raises((SystemExit, TypeError)) as end:
-        exits.run(fails, goes_on="nothing was written")
+        exits.run(fails, "nothing was written")
     said = f"{end.value} {capsys.readouterr().err}"
     assert "error: " in said and "phases" not in said and "--offload" not in said
