@@ -23,9 +23,9 @@ run share: the model, its chat format, the judge, the portions. A policy_path is
 lies; a policy is the model itself.
 """
 
-from harness.runs import exits
-
-exits.before(__name__)  # first of all: Ctrl-C while the libraries load is one line, too
+if __name__ == "__main__":  # the command line is harness/runs/train_command.py
+    import runpy
+    runpy.run_module("harness.runs.train_command", run_name="__main__")
 
 import functools
 import itertools
@@ -44,7 +44,7 @@ from harness.judging import held_out
 from harness.judging.evaluation import ranking
 from harness.models import distributed, weights
 from harness.models.distributed import PROCESS, PROCESSES, gather, say
-from harness.runs import command, report
+from harness.runs import command, exits, report
 from harness.runs.settings import stream
 
 CHUNK = 1024  # prompts that are tokenised and judged together
@@ -359,7 +359,3 @@ def chunks(items, size):
 def main(argv=None):
     """The command: settings, what a run is made from, and its arms are harness/runs/command.py's."""
     command.main(argv, self_explore)
-
-
-if __name__ == "__main__":
-    exits.run(main)

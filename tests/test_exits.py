@@ -11,7 +11,8 @@ from conftest import ROOT
 
 def run(body, encoding="utf-8", shell="", **environment):
     """`body` of a main() under exits.run -> (exit code, stdout, stderr)."""
-    script = f"import os, sys\nfrom harness.runs import exits\ndef main():\n    {body}\nexits.run(main)"
+    script = ("import os, sys\nfrom harness.runs import exits\n"
+              f"def main():\n    {body}\nexits.run(main)")
     done = subprocess.run(
         ["bash", "-c", f'"$0" -c "$1" {shell}; exit ${{PIPESTATUS[0]}}', sys.executable, script],
         cwd=ROOT, capture_output=True, timeout=60,

@@ -109,9 +109,9 @@ def test_a_long_instruction_does_not_shorten_the_other_answers(folder, tmp_path,
             "--output", str(tmp_path / "out.json")]
     sample_command.main(args)
     tokenizer = make_tokenizer("chatml")
-    lengths = [len(tokenizer.apply_chat_template(sample_command.user_turn(row["instruction"]), tokenize=True,
-                                                 add_generation_prompt=True, return_dict=False))
-               for row in rows]
+    turns = [sample_command.user_turn(row["instruction"]) for row in rows]
+    lengths = [len(tokenizer.apply_chat_template(turn, tokenize=True, add_generation_prompt=True,
+                                                 return_dict=False)) for turn in turns]
     assert limits == [256 - length for length in lengths] and limits[0] > limits[1] > 0
 
 
@@ -125,7 +125,8 @@ def test_it_stops_at_the_stop_tokens_of_the_model_too(tmp_path):
         model.generation_config.eos_token_id = [2, model(ids).logits[0, -1].argmax().item()]
     model.save_pretrained(tmp_path)
     make_tokenizer("chatml").save_pretrained(tmp_path)
-    answer = sample_command.load_answerer(sample_command.parse_args(["--model", str(tmp_path), "--prompt", "hello"]))
+    args = sample_command.parse_args(["--model", str(tmp_path), "--prompt", "hello"])
+    answer = sample_command.load_answerer(args)
     assert len(make_tokenizer("chatml").encode(answer([sample_command.user_turn("hello")])[0])) <= 1
 
 
@@ -146,8 +147,9 @@ def test_a_model_that_slots_do_not_fit_is_sampled_by_its_own_generate_and_says_s
     sample_command.main(args)
     output = capsys.readouterr()
     assert output.err.count("one prompt at a time") == 1
-    ids = tokenizer.apply_chat_template(sample_command.user_turn("the cat"), add_generation_prompt=True,
-                                        return_tensors="pt", return_dict=False)
+    ids = tokenizer.apply_chat_template(
+        sample_command.user_turn("the cat"), add_generation_prompt=True, return_tensors="pt",
+        return_dict=False)
     text = model.eval().generate(
         ids, max_new_tokens=9, do_sample=False, pad_token_id=0,
         eos_token_id=[2, tokenizer.convert_tokens_to_ids("<|im_end|>")])
@@ -160,8 +162,11 @@ def test_a_chat_that_outgrows_an_attention_window_is_checked_again(tmp_path, mon
     make_model("gemma3").save_pretrained(tmp_path)  # a window of 7
     make_tokenizer("chatml").save_pretrained(tmp_path)
     lengths = []
-    monkeypatch.setattr(sample_command.compatibility, "choose_sampler", lambda model, ids, length, say: (
-        lengths.append(length) or (lambda model, prompts, **kwargs: [[5]] * len(prompts))))
+
+    def choose_sampler(model, ids, length, say):
+        lengths.append(length)
+        return lambda model, requests, **options: [(i, [5]) for i in range(len(requests))]
+    monkeypatch.setattr(sample_command.compatibility, "choose_sampler", choose_sampler)
     monkeypatch.setattr(sample_command.compatibility, "probe_length",
                         lambda config, longest: 1 + longest // 50)
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n" * 9))
@@ -200,8 +205,8 @@ def test_text_that_is_not_utf_8_is_refused_before_anything_runs(folder, tmp_path
     (tmp_path / "\udcff").mkdir()
     (tmp_path / "link").symlink_to("\udcff")  # the name of what --model is in the end
     with pytest.raises(ValueError, match="--generator .*half of a character"):
-        sample_command.main(["--model", str(tmp_path / "link"), "--alpaca-eval", str(tmp_path / "in.json"),
-                   "--output", str(tmp_path / "out.json")])
+        sample_command.main(["--model", str(tmp_path / "link"), "--alpaca-eval",
+                             str(tmp_path / "in.json"), "--output", str(tmp_path / "out.json")])
 
 
 def test_a_turn_that_is_not_utf_8_does_not_end_a_chat(folder, monkeypatch, capsys):
@@ -279,6 +284,6 @@ def test_a_command_without_phases_does_not_say_that_they_are_kept(error, monkeyp
         raise error
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     with pytest.raises((SystemExit, TypeError)) as end:
-        exits.run(fails, goes_on="nothing was written")
+        exits.run(fails, "nothing was written")
     said = f"{end.value} {capsys.readouterr().err}"
     assert "error: " in said and "phases" not in said and "--offload" not in said

@@ -697,7 +697,7 @@ def test_sigterm_waits_for_the_update_and_the_same_command_goes_on_behind_it(
         return str(end.value), [str(f.relative_to(tmp_path / "killed")) for f in states], len(calls)
 
     assert until(1, times=2) == ("", [], 1)  # at once: in the middle of an update
-    line = "the same command goes on after update {} of 2 of iteration {}".format
+    line = "the same command resumes after update {} of 2 of iteration {}".format
     assert until(1) == (line(1, 1), ["iter_1/state/000001"], 2)  # the first measures optimism, too
     assert until(4) == (line(2, 2), ["iter_2/state/000002"], 4)  # the last one
     train_loop.main(again)
@@ -981,7 +981,7 @@ def test_ctrl_c_and_sigterm_are_one_line_at_any_moment(sent, code, seconds, comm
     assert process.returncode == code, stderr[-2000:]
     lines = [line for line in re.split(r"[\r\n]", stderr) if line.strip() and "it/s" not in line
              and not re.match(r"\s*(train|reference|sample|judge|Writing|Loading)", line)]
-    assert len(lines) == 1 and "the same command goes on" in lines[0], lines
+    assert len(lines) == 1 and "the same command resumes" in lines[0], lines
 
 
 @pytest.mark.parametrize("script", [["sample.py"], ["rank.py"], ["-m", "harness.judging.duel"]],

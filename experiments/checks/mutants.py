@@ -201,7 +201,8 @@ MUTANTS = [
      "if used and before.exists()", "if False and before.exists()", "tests/test_engine_samples.py"
      "::test_a_file_that_changes_between_a_kill_and_the_next_command_is_noticed"),
     ("--fresh deletes the samples that it reads", "harness/runs/setup.py",
-     'names += [("--samples-from", file) for file in engine_samples.files(s)]', "pass",
+     'names += [("--samples-from", file) for file in engine_samples.files(s)]',
+     "pass",
      "tests/test_engine_samples.py::test_fresh_does_not_delete_the_files_that_the_run_reads"),
     ("scores of another judge are taken for this one's", "harness/judging/judges.py",
      "for file in {self.path, *others} - {None}:",
@@ -275,8 +276,8 @@ MUTANTS = [
      "tests/test_judges.py"
      "::test_a_reward_model_that_is_not_whole_is_refused_with_a_remedy"),
     ("a reward model is cut at its tokenizer's number", "harness/judging/judge_models.py",
-     "(min if table else max)(named, positions)",
-     "min(named, positions)",
+     "limit = min(named, positions) if table else max(named, positions)",
+     "limit = min(named, positions)",
      "tests/test_judges.py"
      "::test_a_reward_model_reads_as_much_as_it_can_and_says_what_it_cuts"),
     ("a finished run waits for a judge's thread", "harness/runs/exits.py",

@@ -87,8 +87,8 @@ def main(argv=None):
         help=f"{SPECS} (default pairrm = llm-blender/PairRM-hf)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--tokens-per-forward", type=int, default=8192, help="halve it when memory runs out")
-    add("--scores", type=as_path, metavar="FILE", help="keeps finished scores, from which the same "
-        "command goes on (default: they are not kept)")
+    add("--scores", type=as_path, metavar="FILE", help="keeps finished scores; the same command "
+        "resumes from them (default: they are not kept)")
     print(compare(parser.parse_args(argv)))
 
 
@@ -139,4 +139,4 @@ def read_outputs(flag, path):
 
 
 if __name__ == "__main__":
-    exits.run(main, "with --scores, the same command goes on after the last finished score")
+    exits.run(main, "with --scores, the same command resumes after the last finished score")

@@ -1,8 +1,8 @@
 """The models behind judges: PairRM's weights, and reward models.
 
-Both are loaded whole or refused, and never run code of a model's folder. PairRM's forward pass is
-rank.py's. judges.py calls `scores` of either: B message lists and B lists of K_b candidates ->
-B lists of K_b floats.
+Both are refused unless they can be loaded completely, and no code of a model's folder is run.
+PairRM's forward pass is in rank.py. judges.py calls `scores` of either: B message lists and B lists
+of K_b candidates -> B lists of K_b floats.
 Test: pytest tests/test_judges.py.
 
 Legend: B prompts, K candidates of one, R rows of a forward pass, T tokens of the longest.
@@ -27,7 +27,7 @@ from rank import PairRM, length_batches, pad_rows
 def load_pairrm(name, device="cpu"):
     """PairRM from a folder or hub id: bf16 body on CUDA, fp32 elsewhere; the head always fp32.
 
-    ValueError where it is no PairRM, or not whole: weights that are missing would be random.
+    ValueError if it is not a PairRM, or weights are missing, which would be random.
     """
     from safetensors.torch import load_file
     folder = safetensors_folder(name)
@@ -39,7 +39,7 @@ def load_pairrm(name, device="cpu"):
                          f"use reward:{name}")
     try:
         config, tokenizer = _pairrm_config(folder)
-    except Exception as error:  # transformers has a dozen kinds
+    except Exception as error:  # transformers raises many kinds
         raise ValueError(f"{folder}: no usable config.json or tokenizer "
                          f"({type(error).__name__}: {error})") from error
     config.vocab_size = state[words].shape[0]
@@ -55,21 +55,21 @@ def load_pairrm(name, device="cpu"):
 
 
 def body_dtype(device):
-    """Of a judge's body. Heads stay in fp32: bf16 numbers near 20 are 1/8 apart, and candidates
-    would tie that are not equal."""
+    """The dtype of a judge's body. Heads stay in fp32: bf16 numbers near 20 are 1/8 apart, so
+    different candidates would tie."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def _pairrm_config(folder):
-    """llm-blender/PairRM-hf holds a DeBERTa config. llm-blender/PairRM holds llm-blender's own,
-    whose model_type "deberta" transformers would read as DeBERTa v1: there the architecture,
-    and the tokenizer if it has none, come from the base model that it names."""
+    """llm-blender/PairRM-hf has a DeBERTa config. llm-blender/PairRM has llm-blender's own, whose
+    model_type "deberta" transformers would read as DeBERTa v1. For that one the architecture, and a
+    missing tokenizer, come from the base model that it names."""
     from transformers import AutoTokenizer, DebertaV2Config, PreTrainedTokenizerFast
     raw = json.loads((folder / "config.json").read_text())
     base = raw["model_name"] if "ranker_type" in raw else folder
     if (folder / "tokenizer.json").exists():
-        # Exactly the stored pipeline. The DebertaV2Tokenizer of transformers 5 would rebuild it
-        # from the vocabulary and drop SentencePiece's character normalisation.
+        # The stored pipeline, unchanged. The DebertaV2Tokenizer of transformers 5 would rebuild it
+        # from the vocabulary, without SentencePiece's character normalisation.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     else:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
@@ -77,20 +77,21 @@ def _pairrm_config(folder):
 
 
 def safetensors_folder(name):
-    """`name` itself if it is a folder, else the hub's snapshot of it. ValueError where there is
-    none, where it is no whole model, or where its weights are not safetensors: a .bin is a pickle,
-    and can run code."""
+    """`name` itself if it is a folder, else the hub's snapshot of it. ValueError if there is none,
+    if it is not a complete model, or if its weights are not safetensors: a .bin is a pickle, and
+    can run code."""
     folder, wanted = Path(name), ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
         try:
             folder = Path(snapshot_download(name, allow_patterns=wanted))
-        except Exception as error:  # the hub raises a dozen kinds; all mean the same to the user
-            raise ValueError("neither a folder here nor a model that the hub would give "
+        except Exception as error:  # the hub raises many kinds; for the user all mean the same
+            raise ValueError("neither a folder here nor a model that the hub provides "
                              f"({type(error).__name__}: {error})") from error
     if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder}: a LoRA adapter, no whole model; merge it into its base model "
-                         "(peft: model.merge_and_unload().save_pretrained(...)), and name that")
+        raise ValueError(f"{folder}: a LoRA adapter, not a complete model; merge it into its base "
+                         "model (peft: model.merge_and_unload().save_pretrained(...)), and name "
+                         "that")
     for file in sorted(file for pattern in wanted for file in folder.glob(pattern)):
         if not file.is_file():
             raise ValueError(f"{file} is no regular file")
@@ -118,11 +119,12 @@ class RewardModel:
                 folder, dtype=body_dtype(device), output_loading_info=True, trust_remote_code=False,
                 use_safetensors=True)
         except Exception as error:
-            raise ValueError(f"no sequence classifier to be had ({explain(error)})") from error
+            raise ValueError(
+                f"no sequence classifier could be loaded ({explain(error)})") from error
         if model.config.num_labels != 1:
             raise ValueError(f"{model.config.num_labels} outputs; a reward model has 1. Write a "
                              "FILE.py:FUNCTION that loads it and picks one, or weighs them")
-        if info["missing_keys"]:  # a plain language model, to which transformers adds a random head
+        if info["missing_keys"]:  # a language model, to which transformers adds a random head
             raise ValueError(f"no trained head (missing {sorted(info['missing_keys'])})")
         surplus = [key for key in sorted(info["unexpected_keys"])
                    if not key.endswith(("position_ids", "inv_freq"))]  # old buffers
@@ -143,20 +145,20 @@ class RewardModel:
         self.cut = self.judged = 0
 
     def _limit(self, model, positions):
-        """Most tokens of a conversation. positions: those that the model's config names, or None.
+        """The most tokens of a conversation. positions: how many the model's config names, or None.
 
-        A tokenizer's model_max_length is often left from an older model: the larger of the two
-        counts. Not where positions are a table (BERT's), which ends."""
+        A tokenizer's model_max_length often comes from an older model, so the larger of the two
+        counts. But a table of positions (BERT's) cannot be exceeded."""
         named, words = self.tokenizer.model_max_length, model.get_input_embeddings()
-        if named > 1e9:  # transformers' "nobody said it"
+        if named > 1e9:  # how transformers writes "unknown"
             return positions or math.inf
         if not positions or positions == named:
             return named
         table = any(isinstance(module, torch.nn.Embedding) and module is not words
                     and module.num_embeddings >= positions for module in model.modules())
-        limit = (min if table else max)(named, positions)
+        limit = min(named, positions) if table else max(named, positions)
         say(f"reward model: its tokenizer says at most {named} tokens, its config {positions}; "
-            f"{limit} is used, and what is longer loses its beginning")
+            f"{limit} is used, and a longer conversation loses its beginning")
         return limit
 
     def report(self):
@@ -167,41 +169,49 @@ class RewardModel:
         self.cut = self.judged = 0
 
     def check(self, prompt):
-        """ValueError where the model's own chat template refuses the prompt (a role, an order)."""
+        """ValueError if the model's own chat template refuses the prompt (a role, an order)."""
         try:
             self.ids(prompt, "a")
-        except Exception as error:  # jinja's kinds, and whatever a template calls
+        except Exception as error:  # Jinja's, or that of anything that a template calls
             raise ValueError(one_line("the reward model's chat template refuses it: "
                                       + explain(error))) from error
 
     def ids(self, prompt, text):
-        """The conversation's ids, a list: one BOS where template or tokenizer begins with one."""
+        """The conversation's ids, a list, with one BOS if template or tokenizer begin with one."""
         ids = self.tokenizer.apply_chat_template(
             [*prompt, {"role": "assistant", "content": text}], return_dict=False)
         bos = [self.tokenizer.bos_token_id]
-        return bos + ids if self.begins == bos != ids[:1] else ids
+        if self.begins == bos and ids[:1] != bos:
+            return bos + ids
+        return ids
 
     def row(self, prompt, text):
-        """Its ids (t,). Too long a conversation loses its beginning after the BOS, not the answer
-        that is judged."""
+        """The conversation's ids (t,). If it is too long, it loses tokens after the BOS, not those
+        of the answer that is judged."""
         ids = self.ids(prompt, text)
-        surplus, kept = max(0, len(ids) - self.max_length), ids[:1] == [self.tokenizer.bos_token_id]
-        self.judged, self.cut = self.judged + 1, self.cut + (surplus > 0)
-        return torch.tensor(ids[:kept] + ids[kept + surplus:])
+        self.judged += 1
+        surplus = len(ids) - self.max_length
+        if surplus > 0:
+            self.cut += 1
+            bos = int(ids[0] == self.tokenizer.bos_token_id)
+            ids = ids[:bos] + ids[bos + surplus:]
+        return torch.tensor(ids)
 
     @torch.inference_mode()
     def scores(self, prompts, candidates):
         """The judge: B message lists, B lists of K_b strings -> B lists of K_b floats."""
         rows = [self.row(prompt, text)
                 for prompt, texts in zip(prompts, candidates, strict=True) for text in texts]
-        # A decoder's score is read at the last token that is not padding. Where the config names no
-        # padding token transformers refuses batches: a budget of 1 sends rows one by one.
-        budget, values = 1 if self.pad_id is None else self.tokens_per_forward, [0.0] * len(rows)
+        # A decoder's score is read at the last token that is not padding. Without a padding token
+        # in the config transformers refuses batches; a budget of 1 makes batches of one row.
+        budget = 1 if self.pad_id is None else self.tokens_per_forward
+        values = [0.0] * len(rows)
         for batch in length_batches([len(row) for row in rows], budget):
             ids, mask = pad_rows([rows[i] for i in batch], self.pad_id or 0)  # (R, T)
             ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-            logits = self.model(ids, attention_mask=mask).logits  # (R, 1); by name: GPT-2's second
-            for i, value in zip(batch, logits[:, 0].tolist()):  # argument is another
+            # The mask is passed by name: GPT-2's second argument is another one.
+            logits = self.model(ids, attention_mask=mask).logits  # (R, 1)
+            for i, value in zip(batch, logits[:, 0].tolist()):
                 values[i] = value
         values = iter(values)
         return [[next(values) for _ in texts] for texts in candidates]

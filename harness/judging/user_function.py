@@ -1,9 +1,10 @@
-"""A judge of the user's: a function of a Python file, which leaves the process as it was.
+"""A judge of the user's: a function of a Python file, which leaves the process unchanged.
 
-A judge's file may change what all of a process shares (torch's default dtype, an autocast, a seed,
-the working directory, ...). The run must not notice: its log-probs would move without a word. And
-what the file sets when it is imported (a key in os.environ, a seed) must hold when the function is
-called. So both have a state of their own, and `UserFunction.room` swaps them: STATE says what.
+The file may change what the whole process shares: torch's default dtype, an autocast, a seed, the
+working directory, ... The run must not be affected: its log-probs would change silently. But what
+the file sets when it is imported (a key in os.environ, a seed) must still be set when the function
+is called. So the run and the judge have a state each, and `UserFunction.room` swaps them. STATE
+lists what belongs to it.
 
 Test: pytest tests/test_judges.py.
 """
@@ -35,8 +36,8 @@ END = object()
 class UserFunction:
     """The function `name` of the Python file `path`, run in a room of its own.
 
-    Inside, its folder is where `import` looks first, also for a data.py or model.py, which are
-    names of our files too. Afterwards everything in STATE is what it was, whatever the judge did.
+    In the room, `import` looks first in the file's folder, also for a data.py or a model.py, which
+    are names of our files too. After it, everything in STATE is as before.
     """
 
     def __init__(self, path, name):
@@ -45,16 +46,16 @@ class UserFunction:
             raise ValueError(f"no file {path}")
         check_no_pointer(self.path)
         folder, self.names = self.path.parent, {self.path.stem}  # what `import` finds here
-        if not any(Path(place).resolve() == folder for place in sys.path):  # there: as for us
+        if not any(Path(place).resolve() == folder for place in sys.path):  # else we use it, too
             self.names |= {file.stem for file in folder.glob("*.py")}
             self.names |= {file.parent.name for file in folder.glob("*/__init__.py")}
-        # In sys.modules under its own name, or dataclasses and pickle would not find its classes.
+        # It is in sys.modules under its own name, so that dataclasses and pickle find its classes.
         module = types.ModuleType(self.path.stem)
         module.__file__ = str(self.path)
         self.modules = {module.__name__: module}
-        self.state = {"sys.path": [str(folder), *sys.path]}  # what the judge's differs in
+        self.state = {"sys.path": [str(folder), *sys.path]}  # where the judge's differs
         try:
-            with self.room():  # compiled here: a .pyc of the same second could be an older version
+            with self.room():  # compiled here, because a .pyc of the same second may be outdated
                 exec(compile(self.path.read_bytes(), str(self.path), "exec"), vars(module))
         except KeyboardInterrupt:
             raise
@@ -75,7 +76,7 @@ class UserFunction:
         return self._each(scores) if isinstance(scores, Iterator) else scores
 
     def _each(self, scores):
-        """A generator's code runs when its next row is asked for: in the room as well."""
+        """A generator's code runs when its next row is requested, so that is in the room, too."""
         while True:
             with self.room():
                 row = next(scores, END)
@@ -90,7 +91,7 @@ class UserFunction:
         sys.modules.update(self.modules)
         ours = read_state()
         try:
-            # These two are undone by their end, also if the judge enters another and stays in it.
+            # The end of these two restores the run's modes, even if the judge has entered others.
             with torch.inference_mode(False), torch.enable_grad():
                 write_state(self.state)
                 entered = ours | self.state
@@ -111,7 +112,7 @@ def one_line(text):
 
 
 def explain(error, file=None):
-    """An exception as text, with the line of the user's `file` where it arose."""
+    """An exception as text, with the line of the user's `file` where it was raised."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename == str(file)]
     where = f" ({Path(file).name}, line {lines[-1]})" if lines else ""
@@ -120,7 +121,7 @@ def explain(error, file=None):
 
 
 # ----------------------------------------------------------------------------------------------
-# What a process has only one of
+# What the whole process shares
 # ----------------------------------------------------------------------------------------------
 
 
@@ -129,8 +130,8 @@ def read_state():
 
 
 def write_state(wanted):
-    """Only what differs, for a write may have effects of its own. It is read anew each time: one
-    setting of torch's can move another."""
+    """Writes only what differs, because a write may have side effects. Reads each value again just
+    before, because one setting of torch's can change another."""
     for name, value in wanted.items():
         read, write = STATE[name]
         if read() != value:
@@ -159,16 +160,16 @@ def autocasts_entered():
 
 
 def leave_autocasts(depth):
-    """Trap: only the outermost autocast empties the cache of cast weights when it ends. Within one
-    that the judge has left open, the run would go on with the weights of an earlier update."""
+    """Trap: only the end of the outermost autocast empties the cache of cast weights. If a judge
+    left one open, the run would use the weights of an earlier update."""
     while autocasts_entered() > depth:
         torch.autocast_decrement_nesting()
     torch.clear_autocast_cache()
 
 
 def default_device():
-    """None where there is none. `with torch.device(...)` sets one as well, of which only the stack
-    of modes knows."""
+    """The default device, or None. `with torch.device(...)` sets one as well, which only the stack
+    of modes shows."""
     stack = [torch._C._get_function_stack_at(i)
              for i in range(torch._C._len_torch_function_stack())]
     return next((m.device for m in reversed(stack) if isinstance(m, _device.DeviceContext)), None)
@@ -186,8 +187,8 @@ def set_default_device(device):
 
 
 def old_flag(read, write):
-    """One of torch's older flags, which cannot be read (None here) while newer ones contradict it:
-    the fp32_precision of each backend, in STATE as well."""
+    """One of torch's older flags. It cannot be read (None here) while newer flags contradict it:
+    the fp32_precision of each backend, which is in STATE as well."""
     def read_if_possible():
         try:
             return read()
@@ -203,7 +204,7 @@ def set_environment(wanted):
 
 
 def set_warnings(filters):
-    warnings.resetwarnings()  # forgets what was already shown, too
+    warnings.resetwarnings()  # also forgets which ones were shown
     warnings.filters.extend(filters)
 
 
@@ -242,7 +243,7 @@ STATE = {
     "matmul precision": old_flag(torch.get_float32_matmul_precision,
                                  torch.set_float32_matmul_precision),
     "cudnn's TF32": old_flag(*attribute(backends.cudnn, "allow_tf32")),
-} | {  # the general ones first, for a backend's own can be no more than a copy of them
+} | {  # the general ones first: a backend's own may be a copy of them
     f"fp32 precision, {number}": attribute(owner, "fp32_precision") for number, owner in enumerate((
         backends, backends.cudnn, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn,
         backends.mkldnn, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn))

@@ -1,6 +1,6 @@
-"""The command `python train_loop.py`: what a run is made from, its arms, and what it leaves behind.
+"""The command `python train_loop.py`: its settings and inputs, the arms of a run, and the report.
 
-An arm is one (alpha, seed): a folder, and one run of Algorithm 1, which train_loop.py hands in.
+An arm is one (alpha, seed): a folder, and one run of Algorithm 1 (train_loop.self_explore).
 Test: pytest tests/test_train_loop.py.
 """
 
@@ -17,7 +17,7 @@ from harness.runs.run_folder import Run
 
 
 def main(argv, self_explore):
-    """argv: the flags, or None for the command line's. self_explore: train_loop's."""
+    """argv: the flags; None: those of the command line. self_explore: Algorithm 1."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     settings = flags.read(argv)
@@ -28,9 +28,9 @@ def main(argv, self_explore):
     settings = memory.fitted(settings)
     weights.spare_housekeeping()
     if settings.variant:
-        torch.set_num_threads(1)  # on matrices this small a second thread only waits for the first
+        torch.set_num_threads(1)  # for matrices this small a second thread is no help
     distributed.start(settings.device)
-    inputs = setup.read_inputs(settings)  # all that can be refused is refused here
+    inputs = setup.read_inputs(settings)  # refuses all that cannot work
     folder, arms = settings.run_dir, []
     with run_record.locked(folder):
         if settings.fresh:
@@ -57,7 +57,7 @@ def arms_of(settings, home):
 
 
 def finish(arms, settings):
-    """Figures, report.md, report.html, and where everything is."""
+    """Draws the figures, writes report.md and report.html, and prints where everything is."""
     figures = plots.draw_all(arms, settings.run_dir / "figures")
     say("\n" + report.write(arms, settings.run_dir / "report.md", figures))
     report_page.write(arms, settings.run_dir / "report.html", figures)

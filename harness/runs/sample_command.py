@@ -1,10 +1,10 @@
-"""The command line of sampling: answers one prompt, chats, or writes AlpacaEval's model outputs.
+"""The command line of sample.py: answers one prompt, chats, or writes AlpacaEval's model outputs.
 
     python sample.py --model runs/toy/iter_3/policy --prompt "describe the fox"
     python sample.py --model runs/toy/iter_3/policy --interactive
     python sample.py --model FOLDER --alpaca-eval instructions.json --output outputs.json
 
-Leaves the token loop to sample.py, templates to harness/inputs/chat_template.py, loading to
+The token loop is in sample.py, templates in harness/inputs/chat_template.py, loading in
 harness/models/weights.py.
 Test: pytest tests/test_sample_command.py.
 """
@@ -30,7 +30,7 @@ from harness.inputs.files import check_characters, check_file, is_special, parse
 from harness.runs.output_files import check_writable, printable, write_text
 from harness.runs.settings import as_path, as_text
 
-MAX_NEW_TOKENS = 512  # where the user names no limit and the context has room
+MAX_NEW_TOKENS = 512  # if the user gives no limit and the context has room
 
 
 def main(argv=None):
@@ -63,15 +63,17 @@ def parse_args(argv=None):
     what.add_argument("--alpaca-eval", type=as_path, metavar="FILE",
                       help="JSON list of objects with 'instruction' [and 'dataset']")
     add("--output", type=as_path, metavar="FILE",
-        help="of --alpaca-eval: instruction, output, generator")
+        help="file to write for --alpaca-eval: instruction, output, generator")
     add("--generator", type=as_text,
         help="name of the model in --output (default: the model folder's name)")
     add("--max-new-tokens", type=int, help="cut responses here (default: what the context has room "
                                            f"for, at most {MAX_NEW_TOKENS})")
     add("--temperature", type=float, default=0.0, help="0 (default) is greedy, 1 the model itself")
-    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
-    add("--slots", type=int, default=16, help="prompts in work at a time; memory grows with it")
-    add("--seed", type=int, default=0, help="same seed, same samples, whatever --slots is")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that have this "
+        "probability together")
+    add("--slots", type=int, default=16, help="prompts that are answered at a time; more need more "
+        "memory")
+    add("--seed", type=int, default=0, help="same seed, same samples, with any --slots")
     add("--chat-template", type=as_path, metavar="FILE",
         help="Jinja file, for a tokenizer that has no template")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +83,7 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """ValueError for what would fail, or do something else, only after the work."""
+    """ValueError for flags that would fail only after the work, or would be misread."""
     checks = [
         (bool(args.alpaca_eval) == bool(args.output), "--alpaca-eval and --output go together"),
         (args.max_new_tokens is None or args.max_new_tokens >= 1,
@@ -106,7 +108,7 @@ def check_args(args):
 
 
 def read_instructions(path, flag="--alpaca-eval"):
-    """AlpacaEval's list of objects. ValueError that names the entry which is wrong."""
+    """AlpacaEval's list of objects. ValueError names the wrong entry."""
     check_file(flag, path)
     try:
         rows = parse_json(Path(path).read_text(encoding="utf-8-sig"))
@@ -123,12 +125,12 @@ def read_instructions(path, flag="--alpaca-eval"):
 
 def load_answerer(args):
     """Returns a function from message lists to texts."""
-    weights.load_config(args.model)  # first: what is no model at all is named by this
+    weights.load_config(args.model)  # first: it has the clearest error if this is not a model
     tokenizer = chat_template.load_tokenizer(args.model, args.chat_template)
     chat = chat_template.ChatFormat(tokenizer, weights.model_stop_ids(args.model))
     dtype = args.dtype or ("bfloat16" if torch.device(args.device).type == "cuda" else "float32")
     model = weights.load_model(args.model, getattr(torch, dtype), args.device)
-    seeds = itertools.count(args.seed * 1_000_003)  # a chat's next turn goes on where the last was
+    seeds = itertools.count(args.seed * 1_000_003)  # each turn of a chat gets new ones
     sampler, probed = None, 0
 
     def answer(conversations, progress=False):
@@ -137,7 +139,7 @@ def load_answerer(args):
         limits = response_limits(args.max_new_tokens, prompt_ids, model.config)
         longest = max(len(ids) + limit for ids, limit in zip(prompt_ids, limits))
         probe = compatibility.probe_length(model.config, longest)
-        if probe > probed:  # the first turn, or one that outgrows an attention window
+        if probe > probed:  # the first turn, or one longer than an attention window
             sampler, probed = compatibility.choose_sampler(model, prompt_ids[0], probe, note), probe
         responses = sample.generate(
             model, prompt_ids, by=sampler, stop_ids=chat.stop_ids, max_new_tokens=limits,
@@ -152,7 +154,7 @@ def load_answerer(args):
 
 
 def response_limits(max_new_tokens, prompt_ids, config):
-    """Each prompt's own: a long one must not shorten the others' answers."""
+    """One limit for each prompt, so that a long prompt does not shorten the others' answers."""
     context = sample.context_length(config)
     if (max_new_tokens or 0) >= context:
         raise ValueError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the "
@@ -188,8 +190,8 @@ def write_alpaca(args, rows, texts):
         {**{key: row[key] for key in ("dataset", "instruction") if key in row},
          "output": text, "generator": generator(args)} for row, text in zip(rows, texts)],
         ensure_ascii=False, indent=2))
-    say = note if is_special(args.output) else print  # standard output may be what was written
-    say(f"wrote {len(rows)} outputs to {args.output}")
+    log = note if is_special(args.output) else print  # --output may be the standard output
+    log(f"wrote {len(rows)} outputs to {args.output}")
 
 
 def generator(args):
@@ -206,4 +208,4 @@ def note(text):
 
 
 if __name__ == "__main__":
-    exits.run(main, goes_on="nothing was written")
+    exits.run(main, "nothing was written")
