@@ -101,7 +101,7 @@ def test_held_out_answers_are_judged_by_the_judge_of_the_evaluation_alone(
     assert set(read_record(run / "config.json")["made_from"]["judge of the evaluation"]) == {
         "", "function"}
     report = (run / "report.md").read_text()
-    assert f"judged by `{other_judge}`" in report and "never saw" in report
+    assert f"judged by `{other_judge}`" in report and "which training did not use" in report
     train_loop.main([*command, "--iterations", "1", "--run-dir", str(tmp_path / "same")])
     assert "also chose the pairs" in (tmp_path / "same/report.md").read_text()
 
