@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 
-from harness.runs import run_folder, settings, setup
+from harness.runs import settings, setup
 from harness.runs.settings import RECIPES
 
 NUMERIC = {entry.name: entry.metadata for entry in fields(settings.Settings)
@@ -77,7 +77,7 @@ def test_what_a_resumed_run_may_change_is_what_changes_no_number():
     paths = {"model", "data", "ranker", "eval_ranker", "chat_template", "run_dir", "name"}
     speed = {"slots", "tokens_per_forward", "gradient_checkpointing", "offload", "compile"}
     others = {"fresh", "dry_run", "processes", "track", "baseline", "seeds", "save_every"}
-    assert set(run_folder.NO_DIFFERENCE) == paths | speed | others
+    assert set(settings.NO_DIFFERENCE) == paths | speed | others
 
 
 def test_the_ends_of_each_range_are_accepted_where_the_table_says_so():
