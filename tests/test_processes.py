@@ -195,6 +195,7 @@ del policy
 def damaged(*arguments):
     raise ValueError("a damaged file")
 weights.load_model = damaged  # process 0 alone calls it
+weights.load_policy.cache_clear()
 try:
     load()
 except ValueError as error:
