@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from experiments.evidence.common import cell, markdown  # noqa: E402
 from harness.runs.report import rows_of  # noqa: E402
+from harness.runs.settings import RECIPES  # noqa: E402
 
 SETS = {  # name -> the variables that choose it; "native" is whatever the processor offers
     "native": {},
@@ -45,7 +46,8 @@ def run(name, seed, flags):
             env=os.environ | {"OMP_NUM_THREADS": "1"} | SETS[name])
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
-        return {"rows": {arm: rows_of(here, "eval")[1:]
+        return {"rows": {arm: [{m: row[m] for m in ("iteration", *MEASURES)}
+                               for row in rows_of(here, "eval")[1:]]
                          for arm, here in (("SELM", folder), ("DPO", f"{folder}/baseline"))},
                 "warnings": re.findall(r"warning: (.*)", done.stdout)}
 
@@ -53,12 +55,13 @@ def run(name, seed, flags):
 def measure(flags, seeds, jobs, file):
     """{instruction set: [run of seed 0, 1, ...]}. Each run is appended to `file` as it comes, and
     what is there already is not run again."""
-    key = lambda row: (row["flags"], row["instructions"], row["seed"])  # noqa: E731
+    key = lambda row: (row["recipe"], row["flags"], row["instructions"], row["seed"])  # noqa: E731
     known = {key(row): row for row in map(json.loads, open(file))} if file.exists() else {}
 
     def one(job):
         name, seed = job
-        row = {"flags": " ".join(flags), "instructions": name, "seed": seed}
+        row = {"recipe": repr(RECIPES["toy"]), "flags": " ".join(flags), "instructions": name,
+               "seed": seed}
         if key(row) not in known:
             known[key(row)] = row | run(name, seed, flags)
             with open(file, "a") as out:
