@@ -24,6 +24,7 @@ def short(monkeypatch):
     """A base model of 60 steps, and no trace of what --quick sets."""
     monkeypatch.setattr(toy, "SFT_STEPS", 60)
     monkeypatch.setattr(common, "SAMPLES", 16)  # as many as train_loop.py draws
+    monkeypatch.setattr(common, "ITERATIONS", 3)
 
 
 def test_a_world_reproduces_the_numbers_of_the_command(short, tmp_path):

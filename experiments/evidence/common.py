@@ -65,7 +65,8 @@ class World:
         train, self.test = toy.split_prompts()
         every = train + self.test
         if second_turn:
-            train = toy.second_turns(train, iterations * rows // len(train), f"train {seed}")
+            count = max(1, iterations * rows // len(train))
+            train = toy.second_turns(train, count, f"train {seed}")
             self.test = toy.second_turns(self.test, 1, f"test {seed}")
             every = toy.second_turns(every, 16, f"sft {seed}")
         else:
