@@ -32,9 +32,9 @@ def test_its_log_probs_loss_and_slopes_are_the_textbooks(trace):
     """Numbers that agree with the code and with nothing else. Oracle: textbook.py on the same model
     before the step; the slopes from the formula."""
     model, tree = trace["start"], trace["tree"]
-    expected = textbook.logps(model, [tree.prompt_ids] * 2, tree.responses)
+    expected = textbook.logps(model, [list(tree.prompt_ids)] * 2, list(map(list, tree.responses)))
     assert trace["logps"] == pytest.approx(expected.tolist(), abs=1e-4)
-    batch = [(tree.prompt_ids, *(tree.responses[i] for i in (
+    batch = [(list(tree.prompt_ids), *(list(tree.responses[i]) for i in (
         tree.chosen, tree.rejected, tree.sampled[0])))]
     loss = textbook.loss(model, model, batch, one_record.ALPHA, one_record.BETA)
     assert trace["loss"] == pytest.approx(loss.item(), abs=1e-5) == pytest.approx(math.log(2))
@@ -47,7 +47,7 @@ def test_its_log_probs_loss_and_slopes_are_the_textbooks(trace):
     with torch.no_grad():
         for p in model.parameters():
             p -= 1e-3 * p.grad
-    after = textbook.logps(model, [tree.prompt_ids] * 2, tree.responses)
+    after = textbook.logps(model, [list(tree.prompt_ids)] * 2, list(map(list, tree.responses)))
     assert trace["after"] == pytest.approx(after.tolist(), abs=1e-3)
 
 

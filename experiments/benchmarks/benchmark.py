@@ -245,7 +245,8 @@ def worker_step_textbook(settings):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
     losses, seconds = [], []
     for trees in load_trees(settings):
-        batch = [(t.prompt_ids, *(t.responses[r] for r in (t.chosen, t.rejected, t.sampled[0])))
+        batch = [(list(t.prompt_ids),
+                  *(list(t.responses[r]) for r in (t.chosen, t.rejected, t.sampled[0])))
                  for t in trees]
         start = time.perf_counter()
         losses.append(textbook.update(policy, reference, optimizer, batch, ALPHA, BETA, 1.0))
