@@ -15,8 +15,8 @@ The logits at position i predict token i + 1. So the LAST PROMPT token predicts 
 every response, and each other token is predicted by the one before it.
 
 Replaces textbook.py's `tokenise` and the padding of its `logps`. Leaves files and portions to
-harness/inputs/preferences.py, chat templates to harness/inputs/chat_template.py, models to model.py, sampling to sample.py,
-ranking to rank.py, the loss to selm.py.
+harness/inputs/preferences.py, chat templates to harness/inputs/chat_template.py, models to
+model.py, sampling to sample.py, ranking to rank.py, and the loss to selm.py.
 Test: pytest tests/test_data.py tests/test_chat_template.py.    Read next: model.py.
 
 Legend: B prompts, K distinct responses of one, R responses of all, T tokens of a micro-batch,
@@ -38,7 +38,8 @@ import torch
 def encode(records, chat, max_prompt_length, max_length):
     """Yields (record, prompt ids, [ids of data_chosen, of data_rejected]), cut to the limits.
 
-    chat: harness.inputs.chat_template.ChatFormat. It tokenises many texts in one call, which is much faster.
+    chat: harness.inputs.chat_template.ChatFormat. It tokenises many texts in one call, which is
+    much faster.
     """
     prompts, answers = chat.encode(
         [record["prompt"] for record in records],

@@ -105,8 +105,8 @@ def give_roles(row, scores):
 class PairRM(nn.Module):
     """PairRM's inference. Parameters have the names of llm-blender's checkpoints.
 
-    config: DebertaV2Config; tokenizer: DeBERTa-v2 style ([CLS] text [SEP]). harness.judging.judge_models
-    makes both.
+    config: DebertaV2Config; tokenizer: DeBERTa-v2 style ([CLS] text [SEP]).
+    harness.judging.judge_models makes both.
     """
 
     # In the order in which llm-blender adds them to DeBERTa's 128,001 tokens: ids 128001 to 128004.

@@ -22,8 +22,8 @@ Everything here is plain: padded batches, full logits, a copy of the model as re
 `model.generate`. The other files compute the same numbers faster and in less memory. Each says
 which part of this page it replaces, and a test compares the two.
 
-    python textbook.py      SELM and DPO on the toy world (harness/inputs/toy.py), half a minute. With one
-                            seed and half the rows, its numbers are not those of the README.
+    python textbook.py      SELM and DPO on the toy world (harness/inputs/toy.py), half a minute.
+                            With one seed and half the rows, its numbers are not the README's.
 
 Legend: B prompts, T tokens of the longest row, V vocabulary. Log-probs are in nats.
 """

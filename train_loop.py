@@ -193,7 +193,8 @@ def epoch_of(trees, s, epoch):
 
 
 def seed_of(s):
-    """Of what training itself draws: LoRA's random half, equal on all processes and after a kill."""
+    """The seed of what training draws: LoRA's random half, equal on all processes, also after a
+    kill."""
     return stream(s.seed, s.iteration)
 
 
@@ -357,5 +358,5 @@ def chunks(items, size):
 
 
 def main(argv=None):
-    """The command: settings, what a run is made from, and its arms are harness/runs/command.py's."""
+    """The command. harness/runs/command.py reads the settings and runs the arms."""
     command.main(argv, self_explore)
